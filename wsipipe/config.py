@@ -1,0 +1,91 @@
+"""Settings: typed, frozen, one default each, every fault reported at once.
+
+Only what changes a result is here. Devices, threads and folders belong to the command that runs.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from wsipipe.errors import ConfigError
+
+
+class _Settings(BaseModel, frozen=True, extra="forbid"):
+    """Base of all settings: cannot change, refuses unknown keys."""
+
+
+class TissueConfig(_Settings):
+    """Where there is tissue."""
+
+    mpp: float = Field(8.0, gt=0, le=64, description="resolution of the tissue mask, µm per px")
+    min_area_um2: float = Field(20_000, ge=0, description="smaller specks are not tissue, µm²")
+    max_hole_um2: float = Field(100_000, ge=0, description="smaller holes in tissue are tissue, µm²")
+
+
+class MapsConfig(_Settings):
+    """How the network is run; what the model spec says holds where nothing is set."""
+
+    tile_px: int | None = Field(None, gt=0, multiple_of=16, description="side the network sees, px")
+    halo_px: int | None = Field(None, ge=0, description="context on each side of a tile, px")
+    chunk_tiles: int = Field(4, gt=0, description="tiles a side of a stored chunk")
+
+
+class NucleiConfig(_Settings):
+    """From maps to nuclei."""
+
+    halo_px: int = Field(128, gt=0, description="context on each side of a block: the widest nucleus, px")
+    min_area_um2: float = Field(6.0, ge=0, description="smaller nuclei are dropped, µm²")
+
+
+class ExportConfig(_Settings):
+    """From nuclei to files for viewers."""
+
+    simplify_px: float = Field(0.5, ge=0, le=2, description="outlines move by no more, working px")
+
+
+class Config(_Settings):
+    """All settings of a run."""
+
+    tissue: TissueConfig = TissueConfig()
+    maps: MapsConfig = MapsConfig()
+    nuclei: NucleiConfig = NucleiConfig()
+    export: ExportConfig = ExportConfig()
+
+
+def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
+    """Read settings from a YAML file; `overrides` (section -> key -> value) win over it.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or with every setting that is unknown or out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} cannot be read as settings: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold sections such as 'nuclei:', not a {type(values).__name__}")
+    for section, changes in (overrides or {}).items():
+        given = {key: value for key, value in changes.items() if value is not None}
+        if given:
+            values = {**values, section: {**(values.get(section) or {}), **given}}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors()
+        )
+        raise ConfigError(f"{path or 'the settings'}: {faults}") from error
+
+
+def config_hash(*parts: BaseModel | dict[str, Any]) -> str:
+    """Short hash of settings, equal for equal values whatever their order."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
