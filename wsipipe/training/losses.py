@@ -18,18 +18,18 @@ def dice(probability: Tensor, target: Tensor, weight: Tensor | None = None) -> T
 
     `target` is one-hot, shaped as `probability`.
     """
-    weight = _ones(probability) if weight is None else weight
-    overlap = (probability * target * weight).sum((0, 2, 3))
-    total = (probability * weight).sum((0, 2, 3)) + (target * weight).sum((0, 2, 3))
+    if weight is not None:
+        probability, target = probability * weight, target * weight
+    overlap = (probability * target).sum((0, 2, 3))
+    total = probability.sum((0, 2, 3)) + target.sum((0, 2, 3))
     return (1 - (2 * overlap + 1e-3) / (total + 1e-3)).sum()
 
 
 def cross_entropy(probability: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over pixels of -log of the probability of the true channel, cut to [1e-7, 1 - 1e-7]."""
+    """Mean over pixels of -log of the probability of the true channel of a one-hot target, cut to [1e-7, 1 - 1e-7]."""
     weight = _ones(probability) if weight is None else weight
-    share = (probability / probability.sum(1, keepdim=True)).clamp(1e-7, 1 - 1e-7)
-    surprise = -(target * share.log()).sum(1, keepdim=True)
-    return (surprise * weight).sum() / weight.sum().clamp(min=1)
+    share = (probability * target).sum(1, keepdim=True) / probability.sum(1, keepdim=True)
+    return -(share.clamp(1e-7, 1 - 1e-7).log() * weight).sum() / weight.sum().clamp(min=1)
 
 
 def focal_tversky(
@@ -40,11 +40,12 @@ def focal_tversky(
     One index over all channels, or with `per_channel` the sum of those of each channel.
     Abraham and Khan 2019, doi:10.1109/ISBI.2019.8759329.
     """
-    weight = _ones(probability) if weight is None else weight
+    if weight is not None:
+        probability, target = probability * weight, target * weight
     over = (0, 2, 3) if per_channel else (0, 1, 2, 3)
-    hit = (probability * target * weight).sum(over)
-    miss = ((1 - probability) * target * weight).sum(over)
-    alarm = (probability * (1 - target) * weight).sum(over)
+    hit = (probability * target).sum(over)
+    miss = ((1 - probability) * target).sum(over)
+    alarm = (probability * (1 - target)).sum(over)
     index = (hit + 1e-6) / (hit + 0.7 * miss + 0.3 * alarm + 1e-6)
     return ((1 - index) ** (4 / 3)).sum()
 
@@ -154,4 +155,4 @@ def _ones(maps: Tensor) -> Tensor:
 
 def _one_hot(labels: Tensor, channels: int) -> Tensor:
     """(B, H, W) labels as (B, channels, H, W) float32 of 0 and 1."""
-    return functional.one_hot(labels, channels).movedim(-1, 1).float()
+    return (labels[:, None] == torch.arange(channels, device=labels.device)[:, None, None]).float()
