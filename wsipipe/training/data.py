@@ -1,0 +1,355 @@
+"""Patch sets on disk, and the training items drawn from them.
+
+A patch set is a folder of images of one size with their nuclei, read by memory map:
+
+==================  ===========================  ==================================================================
+`dataset.json`      object                       `format` (1), `name`, `mpp` (µm/px), `class_names` (0 is background)
+                                                 or null, `source`, `licence`
+`images.npy`        (N, H, W, 3) uint8           RGB
+`instances.npy`     (N, H, W) uint16 or int32    0 background, every other value one nucleus of that image
+`types.npy`         (N, H, W) uint8, optional    index into `class_names`; 255 where not known
+`trusted.npy`       (N, H, W) bool, optional     False where nuclei may be joined or split wrongly
+`index.csv`         N rows: name,group,split     group: patient, slide or organ; split: train, validation or test
+==================  ===========================  ==================================================================
+
+One folder holds one data set in one image size. A set without `types.npy` knows no types.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from wsipipe.errors import DataError
+from wsipipe.training.augment import Recipe, SourceField, draw_field
+
+FORMAT = 1
+SPLITS = ("train", "validation", "test")
+UNKNOWN_TYPE = 255
+Array = npt.NDArray[Any]
+Split = Literal["train", "validation", "test"]
+Variant = Literal["published", "exact"]  # of `wsipipe.training.targets.hv_map`
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One image of a patch set; `group` is what may not be divided between splits."""
+
+    name: str
+    group: str
+    split: str
+
+
+@dataclass(frozen=True, eq=False)
+class PatchSet:
+    """An opened patch set. Arrays are memory maps, in the layout of this module."""
+
+    folder: Path
+    name: str
+    mpp: float
+    class_names: tuple[str, ...] | None
+    source: str
+    licence: str
+    images: Array
+    instances: Array
+    types: Array | None
+    trusted: Array | None
+    index: tuple[Patch, ...]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "PatchSet":
+        """Open a patch set and check all of it.
+
+        Raises
+        ------
+        DataError
+            If a file is missing or does not hold what the layout promises; names the file and the image.
+        """
+        folder = Path(folder)
+        about = _read_description(folder / "dataset.json")
+        images = _read_array(folder / "images.npy", ("uint8",))
+        if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+            raise DataError(f"{folder / 'images.npy'} has the shape {images.shape}; it must be (N, H, W, 3), not empty")
+
+        def mask(name: str, *dtypes: str) -> Array:
+            path = folder / f"{name}.npy"
+            array = _read_array(path, dtypes)
+            if array.shape != images.shape[:3]:
+                raise DataError(f"{path} has the shape {array.shape}; for these images it must be {images.shape[:3]}")
+            return array
+
+        opened = cls(
+            folder=folder,
+            images=images,
+            instances=mask("instances", "uint16", "int32"),
+            types=mask("types", "uint8") if (folder / "types.npy").exists() else None,
+            trusted=mask("trusted", "bool", "uint8") if (folder / "trusted.npy").exists() else None,
+            index=_read_index(folder / "index.csv", len(images)),
+            **about,
+        )
+        opened._check_values()
+        return opened
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker process opens the files itself: pickling a memory map would copy it."""
+        return PatchSet.open, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def of(self, split: Split) -> Array:
+        """Numbers of the images of a split, (n,) int64."""
+        return np.array([i for i, patch in enumerate(self.index) if patch.split == split], np.int64)
+
+    def _check_values(self) -> None:
+        for i, instances in enumerate(self.instances):
+            if instances.min() < 0:
+                raise DataError(f"{self.folder / 'instances.npy'}, image {i}: a nucleus has a negative number")
+        if self.types is None:
+            return
+        path = self.folder / "types.npy"
+        if self.class_names is None:
+            raise DataError(f"{path} holds types, but dataset.json gives no class_names; add them or remove the file")
+        for i, types in enumerate(self.types):
+            used = np.flatnonzero(np.bincount(types.ravel(), minlength=256))
+            if used[used != UNKNOWN_TYPE].max(initial=0) >= len(self.class_names):
+                raise DataError(
+                    f"{path}, image {i} ({self.index[i].name}): holds the types {used.tolist()}, but there are "
+                    f"{len(self.class_names)} class_names ({UNKNOWN_TYPE} stands for unknown)"
+                )
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        version = about["format"]
+        if version != FORMAT:
+            raise DataError(f"{path} is of format {version!r}; this wsipipe reads {FORMAT}: prepare the set again")
+        names = about["class_names"]
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise DataError(f"{path}: class_names must be a list of names, background first, or null")
+        mpp = float(about["mpp"])
+        if not 0.01 < mpp < 10:
+            raise DataError(f"{path}: mpp is {mpp}; it must be the µm of one pixel, such as 0.25")
+        texts = {key: str(about[key]) for key in ("name", "source", "licence")}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} does not describe a patch set: {type(error).__name__}: {error}") from error
+    return {"mpp": mpp, "class_names": None if names is None else tuple(names), **texts}
+
+
+def _read_array(path: Path, dtypes: tuple[str, ...]) -> Array:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as an array: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.name not in dtypes:
+        raise DataError(f"{path} holds {getattr(array, 'dtype', 'no array')}; it must be {' or '.join(dtypes)}")
+    return np.asarray(array)  # the same map, without the cost of its class in every slice
+
+
+def _read_index(path: Path, count: int) -> tuple[Patch, ...]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        index = tuple(Patch(row["name"], row["group"], row["split"]) for row in rows)
+    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
+        raise DataError(f"{path} must be a table of name, group and split: {type(error).__name__}: {error}") from error
+    if len(index) != count:
+        raise DataError(f"{path} has {len(index)} rows for {count} images")
+    for i, patch in enumerate(index):
+        if patch.split not in SPLITS:
+            raise DataError(
+                f"{path}, image {i} ({patch.name}): split is {patch.split!r}, not one of {', '.join(SPLITS)}"
+            )
+    return index
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A patch set in a mixture.
+
+    Attributes
+    ----------
+    weight : float
+        How often it is drawn, relative to the others.
+    image_weights : (n,) float, optional
+        How often each image of the split is drawn, in the order of `PatchSet.of`; alike where absent.
+    """
+
+    patches: PatchSet
+    weight: float = 1.0
+    image_weights: Array | None = None
+
+
+Item = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class MixedCrops(Dataset[Item]):
+    """Augmented crops from several patch sets: item i is a pure function of `seed` and i.
+
+    So it does not depend on workers or order, and a run resumes at item i by asking for item i. Give it to a loader
+    with the sampler `range(first, last)`; a worker opens the files by itself.
+
+    Attributes
+    ----------
+    sources
+        All typed sets must name the same classes. A set whose split is empty is refused.
+    count : int
+        Length; items beyond it are as good.
+    hv_variant : str
+        Passed on to `wsipipe.training.targets.hv_map`.
+    """
+
+    sources: Sequence[Source]
+    recipe: Recipe
+    count: int
+    seed: int = 0
+    crop_px: int = 256
+    split: Split = "train"
+    hv_variant: Variant = "exact"
+
+    def __post_init__(self) -> None:
+        same_classes([source.patches for source in self.sources])
+        for source, (numbers, chances) in zip(self.sources, self._images, strict=True):
+            patches = source.patches
+            if not len(numbers):
+                raise DataError(f"{patches.folder} has no image in the split {self.split!r}")
+            if len(chances) != len(numbers):
+                raise ValueError(f"{patches.name}: {len(chances)} image weights for {len(numbers)} images")
+
+    @cached_property
+    def _images(self) -> list[tuple[Array, Array]]:
+        """For every source the numbers of its images and their chances, summed up to 1."""
+        drawn = []
+        for source in self.sources:
+            numbers = source.patches.of(self.split)
+            weights = np.ones(len(numbers)) if source.image_weights is None else source.image_weights
+            drawn.append((numbers, _summed(weights)))
+        return drawn
+
+    @cached_property
+    def _chances(self) -> Array:
+        return _summed(np.array([source.weight for source in self.sources]))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Item:
+        rng = np.random.default_rng((self.seed, i))
+        which = int(np.searchsorted(self._chances, rng.random(), side="right"))
+        patches = self.sources[which].patches
+        numbers, chances = self._images[which]
+        number = int(numbers[np.searchsorted(chances, rng.random(), side="right")])
+        shape = patches.images.shape[1:3]
+        field = draw_field(self.recipe.geometry, shape, patches.mpp, self.crop_px, rng)
+        return make_item(patches, number, field, self.hv_variant, lambda image: self.recipe.recolour(image, rng))
+
+
+def _summed(weights: Array) -> Array:
+    """Weights as rising chances; the last is exactly 1, so that a draw below 1 always falls on one."""
+    sums: Array = np.cumsum(weights, dtype=float)
+    return sums / sums[-1] if len(sums) else sums
+
+
+@dataclass(frozen=True, eq=False)
+class FixedCrops(Dataset[Item]):
+    """Crops side by side over every image of a split at one resolution, without augmentation.
+
+    A rest at the right and at the bottom that is narrower than a crop is covered by a crop that ends at the border.
+    """
+
+    patches: PatchSet
+    split: Split = "validation"
+    mpp: float = 0.25
+    crop_px: int = 256
+    hv_variant: Variant = "exact"
+
+    @cached_property
+    def _places(self) -> list[tuple[int, float, float, float]]:
+        """(image, x, y, side of what is seen), all in pixels of the set."""
+        height, width = self.patches.images.shape[1:3]
+        seen = min(self.crop_px * self.mpp / self.patches.mpp, height, width)
+        starts = [np.linspace(0, side - seen, max(1, int(np.ceil(side / seen - 1e-6)))) for side in (height, width)]
+        return [(int(i), x, y, seen) for i in self.patches.of(self.split) for y in starts[0] for x in starts[1]]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: int) -> Item:
+        number, x0, y0, seen = self._places[i]
+        steps = (np.arange(self.crop_px) + 0.5) * seen / self.crop_px - 0.5
+        x, y = np.meshgrid((x0 + steps).astype(np.float32), (y0 + steps).astype(np.float32))
+        return make_item(self.patches, number, SourceField(x, y, seen / self.crop_px), self.hv_variant)
+
+
+def start_worker(worker: int) -> None:
+    """`worker_init_fn` of a loader: one thread a worker. OpenCV's threads do not survive the fork of their process."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def same_classes(sets: Sequence[PatchSet]) -> tuple[str, ...] | None:
+    """The class names that all typed sets share; None if no set is typed.
+
+    Raises
+    ------
+    DataError
+        If two sets name different classes.
+    """
+    typed = [patches for patches in sets if patches.types is not None]
+    for patches in typed[1:]:
+        if patches.class_names != typed[0].class_names:
+            raise DataError(
+                f"{patches.folder} has the classes {patches.class_names}, {typed[0].folder} has "
+                f"{typed[0].class_names}; sets that train one network must name the same"
+            )
+    return typed[0].class_names if typed else None
+
+
+def make_item(
+    patches: PatchSet,
+    number: int,
+    field: SourceField,
+    hv_variant: Variant,
+    recolour: Callable[[Array], Array] | None = None,
+) -> Item:
+    """Image and targets of one crop.
+
+    Returns
+    -------
+    dict
+        `image` (3, S, S) uint8; `nuclei` (S, S) int64, 1 in a nucleus; `offsets` (2, S, S) float32, horizontal then
+        vertical; `types` (S, S) int64, 255 unknown; `trusted` (S, S) bool, False where `offsets` are not to be learnt.
+    """
+    from wsipipe.training.targets import hv_map
+
+    image = field.read_image(patches.images[number])
+    if recolour is not None:
+        image = recolour(image)
+    instances = field.read_mask(patches.instances[number])
+    if patches.types is None:
+        types = np.full(instances.shape, UNKNOWN_TYPE, np.int64)
+    else:
+        types = field.read_mask(patches.types[number]).astype(np.int64)
+    if patches.trusted is None:
+        trusted = np.ones(instances.shape, bool)
+    else:
+        trusted = field.read_mask(patches.trusted[number]).astype(bool)
+    offsets = hv_map(instances.astype(np.int32), variant=hv_variant)
+    return {
+        "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+        "nuclei": torch.from_numpy((instances > 0).astype(np.int64)),
+        "offsets": torch.from_numpy(offsets),
+        "types": torch.from_numpy(types),
+        "trusted": torch.from_numpy(trusted),
+    }
