@@ -8,6 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tifffile
+from hypothesis import settings
+
+settings.register_profile("wsipipe", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("wsipipe")
 
 SHARED = Path(__file__).parents[2] / "shared"
 
