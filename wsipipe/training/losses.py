@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-UNKNOWN_TYPE = 255  # of a pixel whose nucleus nobody has named: it teaches nothing about types
+from wsipipe.metrics import UNKNOWN_TYPE
 
 
 def dice(probability: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
