@@ -1,0 +1,83 @@
+"""How often each training image is drawn, so that rare tissues and rare types are seen. Pure.
+
+`gamma` in [0, 1] says how much rarity counts: at 0 all images weigh the same. Hörst et al. 2024, CellViT,
+doi:10.1016/j.media.2024.103143.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+def tissue_weights(tissues: Sequence[str], tissue_counts: Mapping[str, int], gamma: float) -> Floats:
+    """Weight of each image by how rare its tissue is.
+
+    Parameters
+    ----------
+    tissues : sequence of N str
+        Tissue of each image.
+    tissue_counts : mapping of str to int
+        Images of each tissue in the whole data set, all folds.
+    gamma : float
+
+    Returns
+    -------
+    (N,) float64
+
+    Raises
+    ------
+    ValueError
+        If gamma is outside [0, 1] or a tissue has no count.
+    """
+    if missing := sorted(set(tissues) - set(tissue_counts)):
+        raise ValueError(f"no count of images is given for {', '.join(missing)}")
+    of_image = np.array([tissue_counts[tissue] for tissue in tissues], np.float64)
+    return _rarity(of_image, sum(tissue_counts.values()), gamma)
+
+
+def type_weights(nuclei_counts: npt.NDArray[np.integer[Any]], images_with_type: Sequence[int], gamma: float) -> Floats:
+    """Weight of each image by how rare the types of its nuclei are; an image without nuclei weighs as the lightest.
+
+    Parameters
+    ----------
+    nuclei_counts : (N, T) int
+        Nuclei of each type, without the background, in each image.
+    images_with_type : sequence of T int
+        Images that hold each type, in the whole data set.
+    gamma : float
+
+    Returns
+    -------
+    (N,) float64
+
+    Raises
+    ------
+    ValueError
+        If gamma is outside [0, 1] or the lengths differ.
+    """
+    held = nuclei_counts > 0
+    if held.ndim != 2 or held.shape[1] != len(images_with_type):
+        raise ValueError(f"counts of shape {held.shape} do not fit {len(images_with_type)} types")
+    images = np.asarray(images_with_type, np.float64)
+    rarity = _rarity(images, images.sum(), gamma)
+    weights: Floats = (1 - gamma) * held.any(axis=1) + gamma * (held @ rarity)
+    lightest = weights[weights > 0].min() if weights.any() else 1.0
+    weights[weights == 0] = lightest
+    return weights
+
+
+def tissue_and_type_weights(by_tissue: Floats, by_type: Floats) -> Floats:
+    """Sum of both weights of each image, each over its maximum."""
+    return by_tissue / by_tissue.max() + by_type / by_type.max()
+
+
+def _rarity(count: Floats, total: float, gamma: float) -> Floats:
+    """1 at gamma 0, total / count at gamma 1."""
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is between 0 and 1, not {gamma}")
+    rarity: Floats = total / (gamma * np.maximum(count, 1) + (1 - gamma) * total)  # what never occurs is drawn nowhere
+    return rarity
