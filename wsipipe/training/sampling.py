@@ -72,12 +72,13 @@ def type_weights(nuclei_counts: npt.NDArray[np.integer[Any]], images_with_type: 
 
 def tissue_and_type_weights(by_tissue: Floats, by_type: Floats) -> Floats:
     """Sum of both weights of each image, each over its maximum."""
-    return by_tissue / by_tissue.max() + by_type / by_type.max()
+    both: Floats = by_tissue / by_tissue.max() + by_type / by_type.max()
+    return both
 
 
 def _rarity(count: Floats, total: float, gamma: float) -> Floats:
     """1 at gamma 0, total / count at gamma 1."""
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma is between 0 and 1, not {gamma}")
-    rarity: Floats = total / (gamma * np.maximum(count, 1) + (1 - gamma) * total)  # what never occurs is drawn nowhere
+    rarity: Floats = total / (gamma * np.maximum(count, 1) + (1 - gamma) * total)  # a count of 0 is no image's
     return rarity
