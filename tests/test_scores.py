@@ -145,3 +145,9 @@ def test_pooled_scores_weigh_nuclei_and_means_weigh_images():
     assert summary["bPQ"] == pytest.approx(1 / 2, abs=1e-5)
     assert summary["pooled"]["bPQ"] == pytest.approx(3 / 3.5, abs=1e-5)
     assert summary["types"]["a"]["pooled_PQ"] == summary["pooled"]["mPQ"] == pytest.approx(3 / 3.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [[1], [1, 1, 1], [[1, 1]]])
+def test_types_that_do_not_fit_the_nuclei_are_refused(wrong):
+    with pytest.raises(ValueError, match="for 2 nuclei"):
+        TypedNuclei(squares(1, 1).instance_map, np.array(wrong))

@@ -41,11 +41,21 @@ class TypedNuclei:
         Type of every nucleus, in the order of the ids: 0 untyped, or `UNKNOWN_TYPE`. See `majority_types`.
     foreground : (H, W) bool, optional
         What Dice and Jaccard look at, if not the nuclei.
+
+    Raises
+    ------
+    ValueError
+        If there are more or fewer types than nuclei.
     """
 
     instance_map: IntMap
     types: Ints
     foreground: npt.NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        nuclei = remap_label(self.instance_map).max(initial=0)
+        if self.types.shape != (nuclei,):
+            raise ValueError(f"types of shape {self.types.shape} are given for {nuclei} nuclei")
 
     @property
     def mask(self) -> npt.NDArray[np.bool_]:
@@ -93,6 +103,11 @@ def score_image(
         How far apart paired centroids may be; 12 at 0.25 µm/px is usual.
     protocol : {"clean", "published"}
         See Notes.
+
+    Raises
+    ------
+    ValueError
+        If the maps differ in shape.
 
     Notes
     -----
