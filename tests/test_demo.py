@@ -48,6 +48,7 @@ def test_the_colours_are_those_of_haematoxylin_and_eosin() -> None:
     tissue = rgb[(rgb < 225).any(axis=2)].astype(int)
     assert (tissue[:, 0] >= tissue[:, 1]).mean() > 0.95  # pink and purple: never green, brown or blue
     assert (tissue[:, 2] >= tissue[:, 1]).mean() > 0.95
+    assert (tissue[:, 0] > tissue[:, 2]).mean() > 0.6  # more of it pink than purple
 
 
 def test_nuclei_have_the_size_of_nuclei() -> None:
