@@ -54,15 +54,17 @@ class ModelSpec:
         try:
             values = json.loads(text)
             version = values.pop("version")
+            if version != SPEC_VERSION:
+                raise ModelError(f"the model is described in version {version!r}; this wsipipe reads {SPEC_VERSION}")
             spec = cls(**values)
+            (m0, m1, m2), (s0, s1, s2) = spec.mean, spec.std
+            colours = tuple((r, g, b) for r, g, b in spec.class_colours)
+            return replace(
+                spec,
+                mean=(m0, m1, m2),
+                std=(s0, s1, s2),
+                class_names=tuple(spec.class_names),
+                class_colours=colours,
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ModelError(f"the checkpoint's description cannot be read: {error}") from error
-        if version != SPEC_VERSION:
-            raise ModelError(f"the checkpoint's description is of version {version}; this wsipipe reads {SPEC_VERSION}")
-        return replace(
-            spec,
-            mean=tuple(spec.mean),
-            std=tuple(spec.std),
-            class_names=tuple(spec.class_names),
-            class_colours=tuple((r, g, b) for r, g, b in spec.class_colours),
-        )

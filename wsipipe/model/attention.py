@@ -1,0 +1,89 @@
+"""Multi-scale deformable attention in plain PyTorch: every query reads a few places it chooses itself.
+
+Zhu et al. 2021, Deformable DETR, arXiv 2010.04159. No compiled operator: `grid_sample` is exact, differentiable and
+runs on every device.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Size = tuple[int, int]  # (height, width) of one level
+
+
+@lru_cache(maxsize=64)
+def reference_points(sizes: tuple[Size, ...], device: torch.device) -> Tensor:
+    """Centre of every cell of the given grids, (1, sum of H W, 2) float32 as (x, y) in [0, 1]."""
+    points = []
+    for height, width in sizes:
+        y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
+        x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
+        points.append(torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1).reshape(-1, 2))
+    return torch.cat(points)[None]
+
+
+def sample_levels(value: Tensor, sizes: tuple[Size, ...], locations: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of bilinear samples of every level; zero outside.
+
+    Parameters
+    ----------
+    value : (B, S, M, d) float
+        Memory of all levels one behind the other, row-major, split into M heads; S = sum of H W.
+    sizes : L pairs (H, W)
+    locations : (B, Q, M, L, P, 2) float
+        (x, y), 0 to 1 from edge to edge of a level.
+    weights : (B, Q, M, L, P) float
+
+    Returns
+    -------
+    (B, Q, M d) float
+    """
+    batch, queries, heads, levels, points, _ = locations.shape
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).reshape(levels, batch * heads, queries, points, 2)
+    weights = weights.permute(3, 0, 2, 1, 4).reshape(levels, batch * heads, 1, queries, points)
+    total: Tensor | None = None
+    for level, (memory, (height, width)) in enumerate(
+        zip(value.split([h * w for h, w in sizes], dim=1), sizes, strict=True)
+    ):
+        image = memory.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width)
+        samples = functional.grid_sample(
+            image, grids[level], mode="bilinear", padding_mode="zeros", align_corners=False
+        )
+        part = (samples * weights[level]).sum(-1)  # (B M, d, Q)
+        total = part if total is None else total + part
+    assert total is not None
+    return total.reshape(batch, -1, queries).transpose(1, 2)
+
+
+class DeformableAttention(nn.Module):
+    """Queries (B, Q, D) read a memory (B, S, D) of one or more levels around their own place.
+
+    `ratio` sets the width of the values, `ratio` x D over all heads. Sampling is done in float32 whatever the
+    precision of the rest: places of 1/16 pixel do not survive 8 bits of mantissa.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int, ratio: float) -> None:
+        super().__init__()
+        width = int(dim * ratio)
+        if width % heads:
+            raise ValueError(f"{heads} heads do not divide a value width of {width}")
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, width)
+        self.output_proj = nn.Linear(width, dim)
+
+    def forward(self, query: Tensor, query_sizes: tuple[Size, ...], memory: Tensor, sizes: tuple[Size, ...]) -> Tensor:
+        batch, queries, _ = query.shape
+        shape = (batch, queries, self.heads, self.levels, self.points)
+        value = self.value_proj(memory).reshape(batch, memory.shape[1], self.heads, -1)
+        offsets = self.sampling_offsets(query).float().reshape(*shape, 2)
+        weights = self.attention_weights(query).float().reshape(*shape[:3], -1).softmax(-1).reshape(shape)
+        extent = offsets.new_tensor([(w, h) for h, w in sizes])[:, None]  # (L, 1, 2)
+        reference = reference_points(query_sizes, query.device)[:, :, None, None, None]
+        with torch.autocast(query.device.type, enabled=False):
+            samples = sample_levels(value.float(), sizes, reference + offsets / extent, weights)
+        out: Tensor = self.output_proj(samples.to(query.dtype))
+        return out

@@ -1,0 +1,68 @@
+"""The HoVer-Net style decoder: one branch each for the NP, HV and NC maps over shared skip features.
+
+Graham et al. 2019, HoVer-Net, doi:10.1016/j.media.2019.101563, in the form of CellViT and CellVTA.
+"""
+
+import torch
+from torch import Tensor, nn
+
+Pyramid = tuple[Tensor, Tensor, Tensor, Tensor]  # D channels at 1/2, 1/4, 1/8, 1/16
+Widths = tuple[int, int, int, int]  # channels at 1, 1/2, 1/4, 1/8
+
+
+def conv_block(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def upsample(inputs: int, outputs: int) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
+
+
+class Skips(nn.Module):
+    """Features that the three branches share: from the image itself, and from the pyramid at 1/2, 1/4, 1/8."""
+
+    def __init__(self, dim: int, widths: Widths) -> None:
+        super().__init__()
+        w0, w1, w2, w3 = widths
+        self.level0 = nn.Sequential(conv_block(3, w0 // 2), conv_block(w0 // 2, w0))
+        self.level1 = nn.Sequential(conv_block(dim, w1), conv_block(w1, w1))
+        self.level2 = nn.Sequential(conv_block(dim, w2), conv_block(w2, w2))
+        self.level3 = nn.Sequential(conv_block(dim, w3), conv_block(w3, w3))
+
+    def forward(self, image: Tensor, pyramid: Pyramid) -> Pyramid:
+        return self.level0(image), self.level1(pyramid[0]), self.level2(pyramid[1]), self.level3(pyramid[2])
+
+
+class Branch(nn.Module):
+    """From the coarsest level up to the image's resolution; a skip goes before what comes from below."""
+
+    def __init__(self, dim: int, widths: Widths, outputs: int) -> None:
+        super().__init__()
+        w0, w1, w2, w3 = widths
+        self.up4 = nn.Sequential(upsample(dim, w3), *conv_block(w3, w3))
+        self.up3 = nn.Sequential(conv_block(2 * w3, w3), conv_block(w3, w3), conv_block(w3, w3), upsample(w3, w2))
+        self.up2 = nn.Sequential(conv_block(2 * w2, w2), conv_block(w2, w2), upsample(w2, w1))
+        self.up1 = nn.Sequential(conv_block(2 * w1, w1), conv_block(w1, w1), upsample(w1, w0))
+        self.head = nn.Sequential(conv_block(2 * w0, w0), conv_block(w0, w0), nn.Conv2d(w0, outputs, 1))
+
+    def forward(self, skips: Pyramid, coarsest: Tensor) -> Tensor:
+        x = self.up4(coarsest)
+        x = self.up3(torch.cat((skips[3], x), dim=1))
+        x = self.up2(torch.cat((skips[2], x), dim=1))
+        x = self.up1(torch.cat((skips[1], x), dim=1))
+        out: Tensor = self.head(torch.cat((skips[0], x), dim=1))
+        return out
+
+
+class Decoder(nn.Module):
+    """Skip features once, then the branches `nuclei` (2 channels), `offsets` (2) and `types` (one a class)."""
+
+    def __init__(self, dim: int, widths: Widths, classes: int) -> None:
+        super().__init__()
+        self.skips = Skips(dim, widths)
+        outputs = {"nuclei": 2, "offsets": 2, "types": classes}
+        self.branches = nn.ModuleDict({name: Branch(dim, widths, n) for name, n in outputs.items()})
+
+    def forward(self, image: Tensor, pyramid: Pyramid) -> dict[str, Tensor]:
+        skips = self.skips(image, pyramid)
+        return {name: branch(skips, pyramid[3]) for name, branch in self.branches.items()}
