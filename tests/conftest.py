@@ -69,6 +69,8 @@ def write_svs(
                 level, description=f"Aperio Image Library v12.0.0\r\n{size}{stated}", subfiletype=n and 1, **options
             )
             h, w = level.shape[0] // 2 * 2, level.shape[1] // 2 * 2
+            if n == 0 and levels > 1:  # the second page is always a thumbnail
+                tiff.write(np.ascontiguousarray(level[::8, ::8]), photometric="rgb", rowsperstrip=16, metadata=None)
             level = level[:h, :w].reshape(h // 2, 2, w // 2, 2, 3).mean((1, 3)).round().astype(np.uint8)
     return path
 

@@ -1,0 +1,218 @@
+"""Open a slide; its resolution, its levels, and its pixels at any resolution."""
+
+import hashlib
+import re
+from pathlib import Path
+from types import TracebackType
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+
+from wsipipe.errors import SlideError
+from wsipipe.geometry import Box, Grid, partition
+from wsipipe.readers import Reader, open_reader
+from wsipipe.resample import resampled
+
+GIVEN_MPP = (0.01, 100.0)  # what a user may say, and a vendor
+TIFF_MPP = (0.05, 10.0)  # resolution tags are mostly a screen's or a printer's: 72 dpi is 353 µm/px
+HASHED_BYTES = 1 << 18  # of the head and of the tail of the file
+SOURCE_PX = 2048  # side of what is decoded at once: bounds memory, whatever is asked for
+UM_PER_UNIT = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4}
+
+
+class Slide:
+    """One slide file, opened; made by `open_slide`, closed by ``with`` or `close`.
+
+    Attributes
+    ----------
+    path : str
+        As it was given.
+    name : str
+        File name without its endings.
+    width_px0, height_px0 : int
+        Size at level 0.
+    mpp_x0, mpp_y0 : float
+        µm per level-0 pixel.
+    mpp_source : str
+        Who said so: "given", "vendor" or "tiff" (resolution tags).
+    reader, vendor : str
+        Which library reads it ("openslide", "tifffile", "tiffslide", "image"), and whose format it is.
+    levels : list of (int, int, float)
+        Width, height and downsample of each level, finest first.
+    bounds : Box or None
+        The part of level 0 that was scanned, where the file states all of it.
+    properties : dict
+        What the file says of itself, as text.
+    fingerprint : str
+        Hex hash of the file's size, head and tail and of the size at level 0; a given mpp does not change it.
+    """
+
+    def __init__(self, path: str, reader: Reader, mpp: float | None) -> None:
+        self._reader = reader
+        self.path = path
+        self.name = re.sub(r"(\.ome)?\.[^.]+$", "", Path(path).name, flags=re.IGNORECASE)
+        self.width_px0, self.height_px0 = reader.sizes[0]
+        self.reader, self.vendor, self.properties = reader.name, reader.vendor, reader.properties
+        self.levels = [(width, height, _downsample(reader.sizes[0], (width, height))) for width, height in reader.sizes]
+        self.mpp_x0, self.mpp_y0, self.mpp_source = _resolution(path, reader, mpp)
+        self.bounds = _bounds(reader.properties)
+        self.fingerprint = _fingerprint(path, reader.sizes[0])
+
+    def __enter__(self) -> "Slide":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def grid(self, mpp: float) -> Grid:
+        """The slide's pixels at `mpp`."""
+        return Grid.over(self.width_px0, self.height_px0, self.mpp_x0, self.mpp_y0, mpp)
+
+    def read(self, box: Box, grid: Grid) -> npt.NDArray[np.uint8]:
+        """The pixels of a box of `grid`; safe to call from many threads.
+
+        They come from the coarsest level that is still as fine as `grid`, averaged over areas; from level 0,
+        interpolated, where `grid` is finer than that. A pixel's value does not depend on the box it is read with.
+
+        Parameters
+        ----------
+        box : Box
+            In pixels of `grid`; it may reach beyond the slide.
+        grid : Grid
+            A grid of this slide, from `Slide.grid`.
+
+        Returns
+        -------
+        (H, W, 3) uint8
+            RGB; white beyond the slide and where it has no data.
+
+        Raises
+        ------
+        SlideError
+            If the file cannot be decoded there.
+        """
+        pixels = np.full((*box.shape, 3), 255, np.uint8)
+        finest = min(grid.scale_x, grid.scale_y)
+        fine_enough = [n for n, (_, _, downsample) in enumerate(self.levels) if downsample <= finest]
+        level = max(fine_enough, key=lambda n: self.levels[n][2], default=0)
+        width, height, downsample = self.levels[level]
+        scale = (grid.scale_x / downsample, grid.scale_y / downsample)
+
+        def read_level(part: Box) -> npt.NDArray[np.uint8]:
+            try:
+                return self._reader.region(level, part)
+            except Exception as error:  # each library has its own
+                raise SlideError(
+                    f"{self.path} cannot be read at level {level}, x {part.x0} to {part.x1}, y {part.y0} to {part.y1}, "
+                    f"it is damaged or incomplete there: {' '.join(str(error).split())}"
+                ) from error
+
+        for part in partition(box.clipped(grid.box), max(1, int(SOURCE_PX / max(1, *scale)))):
+            pixels[part.within(box).slices] = resampled(read_level, (width, height), scale, part)
+        return pixels
+
+
+def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
+    """Open a slide file, a plain picture or a URL.
+
+    Parameters
+    ----------
+    path : str or Path
+        Any format of OpenSlide; OME-TIFF, QPTIFF and other TIFF; PNG and JPEG; a URL of a TIFF that fsspec reaches.
+    mpp : float, optional
+        µm per level-0 pixel; wins over what the file says.
+
+    Raises
+    ------
+    SlideError
+        If the file is missing, damaged or of no known format, or if nobody says its resolution.
+    """
+    if mpp is not None and not GIVEN_MPP[0] <= mpp <= GIVEN_MPP[1]:
+        raise SlideError(f"--mpp {mpp} is no resolution of a slide; give µm per pixel, e.g. --mpp 0.25 for a 40x scan")
+    if "://" not in str(path):
+        file = Path(path)
+        if file.is_dir():
+            raise SlideError(f"{path} is a folder; give the path of a slide file in it")
+        try:
+            empty = file.stat().st_size == 0
+        except OSError as error:
+            raise SlideError(f"{path} cannot be opened: {(error.strerror or 'error').lower()}") from error
+        if empty:
+            raise SlideError(f"{path} is empty; fetch it again")
+    reader = open_reader(path)
+    try:
+        return Slide(str(path), reader, mpp)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _downsample(size0: tuple[int, int], size: tuple[int, int]) -> float:
+    """Level-0 pixels per pixel of a level: a whole number where its rounded size allows one."""
+    longer = int(size0[1] > size0[0])
+    ratio = size0[longer] / size[longer]
+    whole = round(ratio)
+    return float(whole) if all(abs(a / whole - b) <= 1 for a, b in zip(size0, size, strict=True)) else ratio
+
+
+def _resolution(path: str, reader: Reader, mpp: float | None) -> tuple[float, float, str]:
+    """(mpp x, mpp y, source): given, else the vendor's, else the TIFF tags' if a scanner could have meant them."""
+    if mpp is not None:
+        return mpp, mpp, "given"
+    said = reader.properties
+    prefix = "tiffslide" if reader.name == "tiffslide" else "openslide"
+    tagged = (said.get(f"{prefix}.mpp-x"), said.get(f"{prefix}.mpp-y"))
+    candidates = [("tiff", tagged, TIFF_MPP)] if reader.vendor == "generic-tiff" else [("vendor", tagged, GIVEN_MPP)]
+    candidates.insert(0, ("vendor", _ome_resolution(said.get("tiff.ImageDescription", "")), GIVEN_MPP))
+    for source, texts, (low, high) in candidates:
+        try:
+            x, y = (float(text or "nan") for text in texts)
+        except ValueError:
+            continue
+        if low <= x <= high and low <= y <= high:
+            return x, y, source
+    unit = f"{tagged[0]} µm/px is no slide's" if tagged[0] else ""
+    raise SlideError(
+        f"{path} does not state its resolution{unit and f' ({unit})'}; pass --mpp, e.g. --mpp 0.25 for a 40x scan"
+    )
+
+
+def _ome_resolution(description: str) -> tuple[str | None, str | None]:
+    """The first image's PhysicalSize in µm, of OME-XML."""
+    if "<OME" not in description[:2000]:
+        return None, None
+    found: list[str | None] = []
+    for axis in "XY":
+        size = re.search(rf'\bPhysicalSize{axis}="([^"]*)"', description)
+        unit = re.search(rf'\bPhysicalSize{axis}Unit="([^"]*)"', description)
+        factor = UM_PER_UNIT.get(unit[1].replace("&#181;", "µ").replace("\u03bc", "µ") if unit else "µm")
+        try:
+            found.append(str(float(size[1]) * factor) if size and factor else None)
+        except ValueError:
+            found.append(None)
+    return found[0], found[1]
+
+
+def _bounds(properties: dict[str, str]) -> Box | None:
+    try:
+        x, y, width, height = (int(properties[f"openslide.bounds-{key}"]) for key in ("x", "y", "width", "height"))
+    except (KeyError, ValueError):
+        return None
+    return Box(x, y, x + width, y + height)
+
+
+def _fingerprint(path: str, size: tuple[int, int]) -> str:
+    digest = hashlib.sha256(repr(size).encode())
+    with fsspec.open(path, "rb") as file:
+        digest.update(file.read(HASHED_BYTES))
+        length = file.seek(0, 2)
+        file.seek(max(0, length - HASHED_BYTES))
+        digest.update(file.read(HASHED_BYTES))
+    digest.update(str(length).encode())
+    return digest.hexdigest()[:32]
