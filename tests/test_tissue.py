@@ -1,0 +1,213 @@
+"""Tissue on drawn slides, at 8 µm/px, and on real ones."""
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wsipipe.config import TissueConfig
+from wsipipe.geometry import Box, Grid
+from wsipipe.slide import open_slide
+from wsipipe.tissue import TissueMask, tissue_mask
+
+UM = 8.0
+CONFIG = TissueConfig()
+PINK, PURPLE, FAINT, BROWN, BLUISH = (235, 180, 215), (120, 70, 150), (242, 226, 238), (165, 120, 80), (190, 195, 212)
+GLASS = {"white": (255, 255, 255), "grey": (225, 225, 225), "tinted": (235, 232, 227)}
+
+
+@pytest.fixture
+def noise():
+    """Adds what cameras and JPEG add."""
+    rng = np.random.default_rng(0)
+    return lambda image: np.clip(image + rng.normal(0, 3, image.shape), 0, 255).round().astype(np.uint8)
+
+
+def slide(glass=(255, 255, 255), shape=(300, 400)):
+    return np.full((*shape, 3), glass, np.uint8)
+
+
+def truth_of(*boxes, shape=(300, 400)):
+    truth = np.zeros(shape, bool)
+    for box in boxes:
+        truth[box.slices] = True
+    return truth
+
+
+def differs(mask, truth):
+    """Share of the pixels that differ, of those of the truth."""
+    return (mask != truth).sum() / truth.sum()
+
+
+@pytest.mark.parametrize("glass", GLASS.values(), ids=GLASS)
+def test_a_slide_without_tissue_has_none(noise, glass):
+    assert not tissue_mask(slide(glass), UM, CONFIG).any()
+    assert not tissue_mask(noise(slide(glass)), UM, CONFIG).any()
+
+
+@pytest.mark.parametrize("glass", GLASS.values(), ids=GLASS)
+@pytest.mark.parametrize("colour", [PINK, PURPLE, FAINT, BROWN, BLUISH])
+def test_a_piece_is_found_whatever_its_stain(noise, glass, colour):
+    piece = Box(100, 80, 250, 220)
+    image = slide(glass)
+    image[piece.slices] = colour
+    assert differs(tissue_mask(noise(image), UM, CONFIG), truth_of(piece)) < 0.05
+
+
+@pytest.mark.parametrize("pair", [(PINK, PURPLE), (FAINT, PINK), (BROWN, BLUISH)])
+def test_a_slide_full_of_tissue_is_not_cut_in_two(noise, pair):
+    image = slide(pair[0])
+    image[:, 200:] = pair[1]
+    assert tissue_mask(noise(image), UM, CONFIG).mean() > 0.98  # where brown meets blue a line is grey
+
+
+def test_faint_tissue_is_found_beside_dark(noise):
+    faint, dark = Box(20, 20, 180, 280), Box(220, 20, 380, 280)
+    image = slide()
+    image[faint.slices], image[dark.slices] = FAINT, PURPLE
+    assert differs(tissue_mask(noise(image), UM, CONFIG), truth_of(faint, dark)) < 0.05
+
+
+@pytest.mark.parametrize(
+    "ink", [(30, 90, 200), (40, 50, 170), (20, 140, 80), (40, 160, 150), (210, 40, 50), (25, 25, 28), (60, 58, 62)]
+)
+def test_ink_on_glass_is_not_tissue(noise, ink):
+    piece = Box(250, 100, 380, 250)
+    image = slide()
+    image[piece.slices] = PINK
+    image[40:52, 20:220] = ink  # a line, about 0.1 mm wide
+    image[100:280, 30:60] = ink
+    assert differs(tissue_mask(noise(image), UM, CONFIG), truth_of(piece)) < 0.05
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0), (12, 12, 12), (128, 128, 128)])
+def test_a_dark_border_is_not_tissue(noise, padding):
+    piece = Box(100, 80, 250, 220)
+    image = slide()
+    image[piece.slices] = PINK
+    image[:30], image[:, 360:] = padding, padding
+    assert differs(tissue_mask(noise(image), UM, CONFIG), truth_of(piece)) < 0.05
+
+
+def test_small_holes_are_filled_and_large_ones_stay():
+    image = slide()
+    image[20:280, 20:380] = PINK
+    image[100:120, 100:120] = 255  # 20 px: 25,600 µm²
+    image[150:250, 200:300] = 255  # 100 px: 640,000 µm²
+    mask = tissue_mask(image, UM, CONFIG)
+    assert mask[110, 110]
+    assert not mask[200, 250]
+    assert tissue_mask(image, UM, TissueConfig(max_hole_um2=1e6))[200, 250]
+
+
+def test_specks_are_dropped_and_pieces_kept():
+    image = slide()
+    image[20:30, 20:30] = PURPLE  # 10 px: 6,400 µm²
+    image[100:130, 100:130] = PURPLE  # 30 px: 57,600 µm²
+    mask = tissue_mask(image, UM, CONFIG)
+    assert not mask[25, 25]
+    assert mask[115, 115]
+    assert tissue_mask(image, UM, TissueConfig(min_area_um2=0))[25, 25]
+
+
+def test_a_picture_smaller_than_a_speck_keeps_its_tissue_and_its_glass():
+    image = slide(shape=(16, 16))
+    image[:, :8] = PINK
+    mask = tissue_mask(image, UM, CONFIG)
+    assert mask[:, :7].all()
+    assert not mask[:, 10:].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (2, 3)])
+def test_slides_of_any_shape_have_a_mask(shape):
+    assert not tissue_mask(slide(shape=shape), UM, CONFIG).any()
+    assert tissue_mask(slide(PINK, shape), UM, CONFIG).all()
+
+
+def test_what_is_no_rgb_image_is_refused():
+    with pytest.raises(ValueError, match="uint8"):
+        tissue_mask(np.zeros((5, 5)), UM, CONFIG)
+    with pytest.raises(ValueError, match="shape"):
+        TissueMask(np.zeros((5, 5), bool), Grid(4, 5, 32, 32, 0.25, 0.25))
+
+
+def test_the_tiny_slide_has_its_ellipse(tiny):
+    with open_slide(tiny.path) as opened:
+        grid = opened.grid(CONFIG.mpp)
+        mask = TissueMask(tissue_mask(opened.read(grid.box, grid), grid.mpp, CONFIG), grid)
+    truth = (tiny.pixels != 255).any(axis=2)
+    assert 1 < mask.area_mm2 / (truth.sum() * 0.25**2 / 1e6) < 1.2  # by half a mask pixel all round
+    assert all(mask.meets(Box(int(d.x), int(d.y), int(d.x) + 1, int(d.y) + 1), opened.grid(0.25)) for d in tiny.discs)
+    assert not mask.meets(Box(960, 700, 1024, 768), opened.grid(0.25))
+
+
+spans = st.tuples(st.integers(-40, 700), st.integers(0, 200))
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.sampled_from([0.25, 0.3, 0.5]), spans, spans, st.data())
+def test_a_box_meets_the_mask_where_any_pixel_under_it_is_tissue(width, height, mpp, xs, ys, data):
+    coarse, fine = Grid.over(width, height, 0.25, 0.25, 8.0), Grid.over(width, height, 0.25, 0.25, mpp)
+    cells = st.lists(st.tuples(st.integers(0, coarse.height - 1), st.integers(0, coarse.width - 1)), max_size=3)
+    mask = np.zeros(coarse.box.shape, bool)
+    for cell in data.draw(cells):
+        mask[cell] = True
+    box = Box(xs[0], ys[0], xs[0] + xs[1], ys[0] + ys[1])
+    inside = box.clipped(fine.box)
+    expected = False
+    for i in range(inside.y0, inside.y1):
+        top, bottom = i * fine.scale_y / coarse.scale_y, (i + 1) * fine.scale_y / coarse.scale_y
+        rows = {min(int(top), coarse.height - 1), min(int(np.ceil(bottom)) - 1, coarse.height - 1)}
+        left, right = inside.x0 * fine.scale_x / coarse.scale_x, inside.x1 * fine.scale_x / coarse.scale_x
+        first = min(int(left), coarse.width - 1)
+        if not inside.is_empty and mask[sorted(rows), first : max(first + 1, int(np.ceil(right)))].any():
+            expected = True
+    assert TissueMask(mask, coarse).meets(box, fine) == expected
+
+
+def cells_sharing_area(region, grid):
+    """The slow way: one intersection a cell."""
+    shared = np.zeros(grid.box.shape, bool)
+    for y in range(grid.height):
+        for x in range(grid.width):
+            (left, top), (right, bottom) = grid.to_px0([(x, y), (x + 1, y + 1)])
+            shared[y, x] = region.intersection(shapely.box(left, top, right, bottom)).area > 0
+    return shared
+
+
+@given(
+    st.integers(1, 900),
+    st.integers(1, 900),
+    st.lists(st.tuples(st.floats(-100, 1000), st.floats(-100, 1000)), min_size=3),
+)
+def test_a_region_keeps_the_tissue_that_it_touches(width, height, corners):
+    region = shapely.MultiPoint(corners).convex_hull.difference(shapely.Point(300, 300).buffer(90))
+    if region.area < 1:
+        return
+    grid = Grid.over(width, height, 0.25, 0.25, 8.0)
+    mask = TissueMask(np.ones(grid.box.shape, bool), grid).restricted(region)
+    np.testing.assert_array_equal(mask.mask, cells_sharing_area(region, grid))
+
+
+def test_a_region_adds_no_tissue_and_its_edge_touches_no_neighbour():
+    grid = Grid(10, 10, 32, 32, 0.25, 0.25)
+    tissue = np.zeros((10, 10), bool)
+    tissue[:, :3] = True
+    mask = TissueMask(tissue, grid).restricted(shapely.box(64, 64, 128, 128))
+    assert np.argwhere(mask.mask).tolist() == [[2, 2], [3, 2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "mpp", "low", "high"),
+    [
+        ("CMU-1-Small-Region.svs", None, 0.37, 0.45),
+        ("TCGA-CR-7395-01A-01-TS1.small.svs", 1.0, 0.60, 0.68),
+        ("histolab_kidney-48-5.tif", 8.0, 0.002, 0.005),
+        ("instanseg_HE_example.ome.tif", None, 0.72, 0.79),
+        ("skimage_ihc.png", 0.5, 0.6, 0.95),
+    ],
+)
+def test_real_slides_have_the_tissue_that_the_eye_sees(shared_data, name, mpp, low, high):
+    with open_slide(shared_data(f"slides/{name}"), mpp) as opened:
+        grid = opened.grid(CONFIG.mpp)
+        assert low < tissue_mask(opened.read(grid.box, grid), grid.mpp, CONFIG).mean() < high
