@@ -42,7 +42,7 @@ Variant = Literal["published", "exact"]  # of `wsipipe.training.targets.hv_map`
 
 @dataclass(frozen=True)
 class Patch:
-    """One image of a patch set; `group` is what may not be divided between splits."""
+    """One image of a patch set; `group` is the patient, slide or organ it is from."""
 
     name: str
     group: str
@@ -265,7 +265,7 @@ def _summed(weights: Array) -> Array:
 class FixedCrops(Dataset[Item]):
     """Crops side by side over every image of a split at one resolution, without augmentation.
 
-    A rest at the right and at the bottom that is narrower than a crop is covered by a crop that ends at the border.
+    As many as it takes to cover the image; where they do not fit exactly, they overlap alike.
     """
 
     patches: PatchSet
@@ -279,7 +279,8 @@ class FixedCrops(Dataset[Item]):
         """(image, x, y, side of what is seen), all in pixels of the set."""
         height, width = self.patches.images.shape[1:3]
         seen = min(self.crop_px * self.mpp / self.patches.mpp, height, width)
-        starts = [np.linspace(0, side - seen, max(1, int(np.ceil(side / seen - 1e-6)))) for side in (height, width)]
+        # Whole pixels, so that a set at `mpp` is shown as it is.
+        starts = [np.floor(np.linspace(0, side - seen, int(np.ceil(side / seen)))) for side in (height, width)]
         return [(int(i), x, y, seen) for i in self.patches.of(self.split) for y in starts[0] for x in starts[1]]
 
     def __len__(self) -> int:

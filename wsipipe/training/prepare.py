@@ -92,17 +92,17 @@ def prepare_masks(src: Path, dst: Path, about: SourceFolder) -> PatchSet:
     trusted = np.lib.format.open_memmap(partial / "trusted.npy", "w+", np.bool_, shape) if doubted else None
 
     for i, (stem, path) in enumerate(stems.items()):
-        image, mask = _read_image(path), _read_mask(src / "masks" / f"{stem}.png")
-        for what, size in ((path, image.shape[:2]), (src / "masks" / f"{stem}.png", mask.shape)):
-            if size != shape[1:]:
-                raise DataError(f"{what} is {size[::-1]} px, the first image {shape[:0:-1]}: one size to a patch set")
-        images[i] = image
-        if types is not None and about.class_names is not None:
-            types[i] = _paint_types(mask, src / "types" / f"{stem}.csv", about.class_names)
-        trust = _paint_trust(mask, src / "trust" / f"{stem}.csv") if doubted else np.ones(shape[1:], bool)
+        images[i] = _fitting(path, _read_image(path), shape[1:])
+        labels = _read_mask(src / "masks" / f"{stem}.png", shape[1:])
+        mask, trust = labels, np.ones(shape[1:], bool)
+        if doubted:
+            trust = _paint_trust(labels, src / "trust" / f"{stem}.csv")
         if (src / "binary").is_dir():
-            mask, trust = _follow_binary(mask, trust, _read_mask(src / "binary" / f"{stem}.png") > 0)
+            mask, trust = _follow_binary(labels, trust, _read_mask(src / "binary" / f"{stem}.png", shape[1:]) > 0)
         instances[i] = mask
+        if types is not None and about.class_names is not None:
+            of_label = _paint_types(labels, src / "types" / f"{stem}.csv", about.class_names)
+            types[i] = np.where(mask > 0, np.where(labels > 0, of_label, UNKNOWN_TYPE), 0)
         if trusted is not None:
             trusted[i] = trust
     if about.set_white:
@@ -134,11 +134,17 @@ def _read_image(path: Path) -> Array:
     return image[..., ::-1]
 
 
-def _read_mask(path: Path) -> Array:
+def _read_mask(path: Path, shape: tuple[int, ...]) -> Array:
     mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if mask is None or mask.ndim != 2 or mask.dtype not in (np.uint8, np.uint16):
         raise DataError(f"{path} must be a PNG with one channel of 8 or 16 bit")
-    return mask.astype(np.uint16)
+    return _fitting(path, mask.astype(np.uint16), shape)
+
+
+def _fitting(path: Path, image: Array, shape: tuple[int, ...]) -> Array:
+    if image.shape[:2] != shape:
+        raise DataError(f"{path} is {image.shape[1::-1]} px, the first image {shape[::-1]}: one size to a patch set")
+    return image
 
 
 def _read_column(path: Path, column: str) -> Iterable[tuple[int, str]]:

@@ -1,0 +1,240 @@
+"""Geometry that moves image and masks alike; colour that changes the image and nothing else."""
+
+from dataclasses import asdict, replace
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsipipe.errors import ConfigError
+from wsipipe.training.augment import (
+    RECIPES,
+    Blur,
+    BoxBlur,
+    Coarsen,
+    Geometry,
+    Hue,
+    Jpeg,
+    Noise,
+    Recipe,
+    SourceField,
+    Stain,
+    Superpixels,
+    Tone,
+    ZoomBlur,
+    draw_field,
+    load_recipe,
+    plain_recipe,
+)
+
+STEPS = [
+    Stain(),
+    Tone(),
+    Hue(),
+    Blur(),
+    BoxBlur(),
+    Noise(),
+    Jpeg(),
+    Coarsen(),
+    Superpixels(),
+    ZoomBlur(factor=(1.04, 1.05)),
+]
+seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture
+def stained() -> np.ndarray:
+    """Something like H&E: pink ground with a fine pattern, purple discs, a white hole."""
+    rng = np.random.default_rng(0)
+    image = np.full((120, 160, 3), (225, 160, 195), np.uint8)
+    for x, y in rng.integers(10, 110, (30, 2)):
+        cv2.circle(image, (int(x), int(y)), 6, (95, 60, 140), -1, cv2.LINE_AA)
+    cv2.circle(image, (130, 30), 20, (250, 250, 250), -1)
+    return cv2.add(image, rng.integers(0, 6, image.shape, dtype=np.uint8))
+
+
+def disc(
+    height: int = 200, width: int = 260, x: int = 120, y: int = 90, radius: int = 30
+) -> tuple[np.ndarray, np.ndarray]:
+    rows, columns = np.mgrid[:height, :width]
+    mask = np.where((rows - y) ** 2 + (columns - x) ** 2 <= radius**2, 7, 0).astype(np.uint16)
+    return np.repeat((mask > 0)[..., None].astype(np.uint8) * 255, 3, axis=2), mask
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.sampled_from(["default", "published", "bent"]))
+def test_image_and_mask_move_together(seed, name):
+    bent = Geometry(
+        (0.2, 0.4), (0.2, 0.4), rotate_p=1, rotate_degrees=45, corner_p=1, corner_px=12, wave_p=1, wave_px=3
+    )
+    geometry = bent if name == "bent" else RECIPES[name].geometry
+    image, mask = disc()
+    field = draw_field(geometry, mask.shape, 0.25, 96, np.random.default_rng(seed))
+    bright, inside = field.read_image(image)[..., 0], (field.read_mask(mask) == 7).astype(np.uint8)
+    kernel = np.ones((5, 5), np.uint8)
+    rim = np.s_[2:-2, 2:-2]  # where the kernel sees all it needs
+    assert (bright[rim][cv2.erode(inside, kernel)[rim] > 0] > 200).all()
+    assert (bright[rim][cv2.dilate(inside, kernel)[rim] == 0] < 55).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.sampled_from(["uint8", "uint16", "int32", "bool"]))
+def test_a_mask_keeps_its_values_and_dtype(seed, dtype):
+    mask = np.random.default_rng(0).choice([0, 1, 3, 200], (80, 90)).astype(dtype)
+    field = draw_field(RECIPES["default"].geometry, mask.shape, 0.25, 64, np.random.default_rng(seed))
+    crop = field.read_mask(mask)
+    assert crop.shape == (64, 64)
+    assert crop.dtype == mask.dtype
+    assert set(np.unique(crop)) <= set(np.unique(mask))
+
+
+@settings(deadline=None)
+@given(seeds, st.integers(40, 300), st.integers(40, 300), st.floats(0.1, 1.0), st.booleans())
+def test_a_crop_never_looks_beyond_the_image(seed, height, width, mpp, rotated):
+    geometry = Geometry((0.2, 0.5), (0.2, 0.5), rotate_p=float(rotated), rotate_degrees=45)
+    field = draw_field(geometry, (height, width), mpp, 64, np.random.default_rng(seed))
+    assert field.x.min() >= -0.501
+    assert field.y.min() >= -0.501
+    assert field.x.max() <= width - 0.499
+    assert field.y.max() <= height - 0.499
+
+
+def test_a_crop_at_half_the_resolution_shows_a_quarter_of_the_area_in_pixels():
+    _, mask = disc(radius=40)
+    field = draw_field(plain_recipe(0.5).geometry, mask.shape, 0.25, 100, np.random.default_rng(0))
+    assert (field.x[0, 1] - field.x[0, 0]) == pytest.approx(2)
+    assert field.shrink == pytest.approx(2)
+    assert (field.read_mask(mask) > 0).sum() == pytest.approx((mask > 0).sum() / 4, rel=0.05)
+
+
+def test_a_field_on_the_pixels_reads_them_unchanged(stained):
+    x, y = np.meshgrid(np.arange(30, 80, dtype=np.float32), np.arange(10, 60, dtype=np.float32))
+    field = SourceField(x, y, 1.0)
+    np.testing.assert_array_equal(field.read_image(stained), stained[10:60, 30:80])
+    np.testing.assert_array_equal(field.read_mask(stained[..., 0]), stained[10:60, 30:80, 0])
+
+
+def test_beyond_the_border_image_and_mask_are_the_same_mirror(stained):
+    x, y = np.meshgrid(np.arange(-20, 40, dtype=np.float32), np.arange(90, 150, dtype=np.float32))
+    field = SourceField(x, y, 1.0)
+    np.testing.assert_array_equal(field.read_image(stained)[..., 1], field.read_mask(stained[..., 1]))
+    np.testing.assert_array_equal(field.read_mask(stained[..., 1])[:30, 0], stained[90:120, 20, 1])
+
+
+def test_a_shrunk_image_is_smoothed_and_does_not_alias():
+    stripes = np.zeros((100, 100, 3), np.uint8)
+    stripes[:, ::2] = 255
+    x, y = np.meshgrid(np.arange(10, 90, 2, dtype=np.float32), np.arange(10, 90, 2, dtype=np.float32))
+    assert abs(SourceField(x, y, 2.0).read_image(stripes).mean() - 127.5) < 30
+    assert SourceField(x, y, 1.0).read_image(stripes).mean() == 255  # what smoothing is for
+
+
+def test_quarter_turns_and_flips_reach_all_eight_views():
+    geometry = replace(plain_recipe(1.0).geometry, quarter_turn_p=1, flip_p=0.5)
+    mask = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    views = {
+        draw_field(geometry, (4, 4), 1.0, 4, np.random.default_rng(seed)).read_mask(mask).tobytes()
+        for seed in range(200)
+    }
+    turned = [np.rot90(mask, k) for k in range(4)]
+    assert views == {view.tobytes() for m in turned for view in (m, m[:, ::-1])}
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.kind)
+def test_a_colour_step_changes_the_image_alike_for_the_same_seed(step, stained):
+    before = stained.copy()
+    changed = step.apply(stained, np.random.default_rng(3))
+    np.testing.assert_array_equal(stained, before)
+    assert changed.shape == stained.shape
+    assert changed.dtype == np.uint8
+    assert (changed != stained).mean() > 0.02
+    assert np.abs(changed.astype(float) - stained).mean() < 60
+    np.testing.assert_array_equal(step.apply(stained, np.random.default_rng(3)), changed)
+    if step.kind not in ("blur", "zoom_blur"):  # draws a kernel or a step, which may well be the same to the eye
+        assert (step.apply(stained, np.random.default_rng(4)) != changed).any()
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.kind)
+@pytest.mark.parametrize("level", [0, 255])
+def test_a_colour_step_neither_fails_nor_wraps_on_a_flat_image(step, level):
+    flat = np.full((64, 64, 3), level, np.uint8)
+    for seed in range(5):
+        assert np.abs(step.apply(flat, np.random.default_rng(seed)).astype(float) - level).max() < 110
+
+
+def test_stain_leaves_bare_glass_white():
+    white = np.full((8, 8, 3), 255, np.uint8)
+    np.testing.assert_array_equal(Stain(scale=0.5, shift=0.3).apply(white, np.random.default_rng(0)), white)
+
+
+def test_scaled_dyes_move_every_channel_of_a_nucleus():
+    nucleus = np.full((8, 8, 3), (95, 60, 140), np.uint8)
+    draws = [Stain(scale=0.3, shift=0).apply(nucleus, np.random.default_rng(seed))[0, 0] for seed in range(40)]
+    assert np.ptp([d[0] for d in draws]) > 30
+    assert np.all(np.ptp(draws, axis=0) > 10)
+
+
+@pytest.mark.parametrize(
+    "step", [Stain(scale=0, shift=0), Tone(brightness=0, contrast=0, gamma=0, balance=0), Hue(degrees=0, saturation=0)]
+)
+def test_a_colour_step_of_no_strength_gives_the_image_back(step, stained):
+    changed = step.apply(stained, np.random.default_rng(0))
+    assert np.abs(changed.astype(int) - stained).max() <= 1
+
+
+def test_hue_leaves_grey_grey():
+    grey = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
+    changed = Hue(degrees=40, saturation=0.5).apply(grey, np.random.default_rng(0)).astype(int)
+    assert np.abs(changed - grey).max() <= 1
+
+
+def test_noise_has_the_variance_it_says():
+    grey = np.full((256, 256, 3), 128, np.uint8)
+    noise = Noise(variance=(64, 64)).apply(grey, np.random.default_rng(0)).astype(float) - 128
+    assert noise.var() == pytest.approx(64, rel=0.03)
+    assert abs(noise.mean()) < 0.1
+
+
+def test_jpeg_keeps_the_colours_in_their_order(stained):
+    changed = Jpeg(quality=(95, 95)).apply(stained, np.random.default_rng(0))
+    assert np.abs(changed.astype(int) - stained).mean() < 6
+
+
+def test_steps_are_taken_with_their_probability(stained):
+    always = Recipe(RECIPES["default"].geometry, (Noise(p=1.0),))
+    never = Recipe(RECIPES["default"].geometry, (Noise(p=0.0),))
+    assert (always.recolour(stained, np.random.default_rng(0)) != stained).any()
+    assert never.recolour(stained, np.random.default_rng(0)) is stained
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_yaml(name):
+    written = yaml.safe_dump(yaml.safe_load(repr_as_yaml(RECIPES[name])))
+    assert load_recipe(yaml.safe_load(written)) == load_recipe(name) == RECIPES[name]
+
+
+def repr_as_yaml(recipe: Recipe) -> str:
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(asdict(recipe)))
+
+
+def test_an_unknown_recipe_is_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match=r"'fancy'.*default, published"):
+        load_recipe("fancy")
+
+
+def test_every_fault_of_a_recipe_is_named():
+    with pytest.raises(ConfigError, match=r"geometry\.turn.*colour\.0\.stain\.strength"):
+        load_recipe(
+            {
+                "geometry": {"near_mpp": [0.2, 0.3], "far_mpp": [0.2, 0.3], "turn": 1},
+                "colour": [{"kind": "stain", "strength": 2}],
+            }
+        )
