@@ -1,0 +1,54 @@
+"""One process at a time: a lock beside the file, which the system lifts when its holder ends, however it ends."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import TextIO
+
+from wsipipe.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+
+class Lock:
+    """Holds `<path>.lock` from its making to `release`; who holds it is written inside.
+
+    Raises
+    ------
+    StoreError
+        If another process, or another lock of this one, holds it; says which.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._place = path.with_name(path.name + ".lock")
+        self._place.parent.mkdir(parents=True, exist_ok=True)
+        while not self._took(path):
+            pass
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._place.unlink(missing_ok=True)
+        self._file.close()
+
+    def _took(self, path: Path) -> bool:
+        self._file: TextIO = self._place.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip()
+            self._file.close()
+            raise StoreError(f"{path} is in use by {holder or 'another process'}; wait for it or stop it") from None
+        except OSError as error:  # some network file systems have no locks
+            log.warning("%s cannot be locked (%s); make sure that one process writes it", path, error)
+        # The last holder may have removed the file between our opening and locking it: then nobody else sees this lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), self._place.stat()):
+                return True
+        self._file.close()
+        return False

@@ -1,0 +1,455 @@
+"""The files of one slide: a path that exists is complete, what is not yet complete is called `.partial`."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+import zarr.errors
+from zarr.codecs import ZstdCodec
+
+import wsipipe
+from wsipipe.device import Precision
+from wsipipe.errors import StoreError
+from wsipipe.geometry import Box, Grid
+from wsipipe.lock import Lock
+from wsipipe.maps import Maps
+from wsipipe.model.spec import ModelSpec
+from wsipipe.tiles import TileGeometry
+
+FORMAT_VERSION = 1
+# Of zstd 1 to 3 and Blosc with and without shuffling on crowded maps (9 channels, 768 px chunks), level 1 costs
+# least to write: 14 MP/s of one core, 3.4 bytes a pixel. Level 3 saves a tenth of the bytes for 1.4 times the work.
+COMPRESSION_LEVEL = 1
+COMMITS = "commits"  # one line a finished chunk, in the order of finishing
+
+
+@contextmanager
+def finished(path: Path) -> Iterator[Path]:
+    """Yield `<path>.partial` to write a file to; it takes the name `path` only if the block succeeds."""
+    partial = _partial(path)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        _to_disk(partial)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreMeta:
+    """What maps were made of, and with what.
+
+    Attributes
+    ----------
+    slide, fingerprint : str
+        Name of the slide, for people; hash of its file, for comparing.
+    grid : Grid
+        The working pixels.
+    tissue_grid : Grid
+        The pixels of the tissue mask.
+    tissue_settings : dict
+        What the tissue was found with; JSON values.
+    precision : "fp32", "bf16" or "fp16"
+        Of the network's arithmetic.
+    """
+
+    slide: str
+    fingerprint: str
+    grid: Grid
+    geometry: TileGeometry
+    spec: ModelSpec
+    weights_sha256: str
+    precision: Precision
+    tissue_grid: Grid
+    tissue_settings: dict[str, Any]
+    config_hash: str
+
+    def chunk_box(self, index: int) -> Box:
+        """Pixels of a chunk on the working grid; chunks count row by row."""
+        side = self.geometry.chunk_px
+        row, column = divmod(index, self.columns)
+        x, y = column * side, row * side
+        return Box(x, y, x + side, y + side).clipped(self.grid.box)
+
+    def chunk_indices(self, box: Box) -> list[int]:
+        """Chunks that a box of the working grid meets, in order."""
+        side, box = self.geometry.chunk_px, box.clipped(self.grid.box)
+        if box.is_empty:
+            return []
+        rows = range(box.y0 // side, (box.y1 - 1) // side + 1)
+        columns = range(box.x0 // side, (box.x1 - 1) // side + 1)
+        return [row * self.columns + column for row in rows for column in columns]
+
+    @property
+    def columns(self) -> int:
+        """Chunks a row."""
+        return -(-self.grid.width // self.geometry.chunk_px)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "slide": {"name": self.slide, "fingerprint": self.fingerprint},
+            "grid": asdict(self.grid),
+            "tiles": asdict(self.geometry),
+            "model": json.loads(self.spec.to_json()),
+            "weights_sha256": self.weights_sha256,
+            "precision": self.precision,
+            "tissue": self.tissue_settings,
+            "tissue_grid": asdict(self.tissue_grid),
+            "config_hash": self.config_hash,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "StoreMeta":
+        return cls(
+            slide=values["slide"]["name"],
+            fingerprint=values["slide"]["fingerprint"],
+            grid=Grid(**values["grid"]),
+            geometry=TileGeometry(**values["tiles"]),
+            spec=ModelSpec.from_json(json.dumps(values["model"])),
+            weights_sha256=values["weights_sha256"],
+            precision=values["precision"],
+            tissue_grid=Grid(**values["tissue_grid"]),
+            tissue_settings=values["tissue"],
+            config_hash=values["config_hash"],
+        )
+
+
+class MapStore:
+    """maps.zarr: the NP, HV and NC maps of one slide (zarr v3), finished chunk by chunk.
+
+    Arrays `np` (H, W) uint8, `hv` (2, H, W) int8, `nc` (K, H, W) uint8; `tissue` (h, w) uint8, the tissue mask;
+    `wanted` (rows, columns) uint32, the number of tiles with tissue in each chunk. Chunks without such tiles are
+    never written. A chunk's index counts row by row. Readers may share one; a single process writes.
+
+    Attributes
+    ----------
+    meta : StoreMeta
+        What the maps were made of.
+    version : str
+        The wsipipe that made them.
+    wanted : dict of int to int
+        Index of every chunk with tissue and its number of tiles.
+    committed : set of int
+        Chunks that were finished when the store was opened, or have been since through this object.
+    is_finished : bool
+        Whether the store is complete and has its final name.
+    """
+
+    def __init__(self, path: Path, *, unfinished: bool = False, lock: Lock | None = None) -> None:
+        self.path = path
+        self._lock = lock
+        self._attach(unfinished)
+
+    def _attach(self, unfinished: bool) -> None:
+        path = self.path
+        self.is_finished = not (unfinished and not path.exists() and _partial(path).exists())
+        self._root = path if self.is_finished else _partial(path)
+        attributes = _attributes(self._root)
+        try:
+            self.meta = StoreMeta.from_json(attributes)
+            self.version: str = attributes["wsipipe"]["version"]
+            self._identity = _identity(attributes)
+            # An array's chunks are stored even where they are all zero: so a chunk that lacks its file was lost.
+            with zarr.config.set({"array.write_empty_chunks": True}):
+                group = zarr.open_group(self._root, mode="r+" if self._lock else "r", use_consolidated=False)
+                arrays: list[Any] = [group[name] for name in ("np", "hv", "nc", "tissue", "wanted")]
+                counts = np.asarray(arrays[-1][...])
+        except (KeyError, TypeError, ValueError, zarr.errors.BaseZarrError) as error:
+            raise StoreError(f"{self._root} is damaged ({error}); make it again with --overwrite") from error
+        self._np, self._hv, self._nc, self._tissue = arrays[:-1]
+        self.wanted = {int(index): int(counts.flat[index]) for index in np.flatnonzero(counts)}
+        self.committed = _read_commits(self._root / COMMITS)
+
+    @classmethod
+    def open(cls, path: Path, *, unfinished: bool = False) -> "MapStore":
+        """Open for reading; `unfinished` also accepts one that is still being written.
+
+        Raises
+        ------
+        StoreError
+            If it is missing, not ours, of another format version, or incomplete.
+        """
+        store = cls(path, unfinished=unfinished)
+        if store.is_finished and store.missing:
+            raise StoreError(f"{path} lacks {len(store.missing)} of its chunks; make it again with --overwrite")
+        return store
+
+    @classmethod
+    def resume_or_create(
+        cls,
+        path: Path,
+        meta: StoreMeta,
+        wanted: Mapping[int, int],
+        tissue: npt.NDArray[np.bool_],
+        *,
+        any_precision: bool = False,
+        overwrite: bool = False,
+    ) -> "MapStore":
+        """Go on with what an earlier run left, or start; a finished store is returned as it is (`is_finished`).
+
+        Parameters
+        ----------
+        wanted : mapping of int to int
+            Index of every chunk with tissue, and its number of tiles.
+        tissue : (h, w) bool
+            The tissue mask, on `meta.tissue_grid`.
+        any_precision : bool
+            Take a finished store whatever precision it was computed in.
+        overwrite : bool
+            Start afresh, whatever there is.
+
+        Raises
+        ------
+        StoreError
+            If another process writes it, or what exists was made otherwise: names the settings and both values.
+        """
+        identity = {**_plain(meta), "tissue_mask": _sha256(tissue)}
+        if path.exists() and not overwrite:
+            store = cls.open(path)
+            store._require({**identity, "precision": store.meta.precision} if any_precision else identity)
+            return store
+        lock = Lock(path)
+        try:
+            partial = _partial(path)
+            if overwrite:
+                if path.exists():
+                    _attributes(path, any_version=True)  # a folder that is not ours is not ours to delete
+                    _discard(path)
+                _discard(partial)
+            if not (partial / COMMITS).exists():
+                _discard(partial)
+                _create(partial, identity, meta, wanted, tissue)
+            store = cls(path, unfinished=True, lock=lock)
+            store._require(identity)
+            store._mend()
+        except BaseException:
+            lock.release()
+            raise
+        return store
+
+    def __enter__(self) -> "MapStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process write; harmless where nothing was locked."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    @cached_property
+    def tissue(self) -> npt.NDArray[np.bool_]:
+        """(h, w) bool, on `meta.tissue_grid`."""
+        return np.asarray(self._tissue[...], bool)
+
+    @property
+    def missing(self) -> set[int]:
+        """Chunks with tissue that are not finished."""
+        return self.wanted.keys() - self.committed
+
+    def read(self, box: Box) -> Maps:
+        """Maps of a box; zero beyond the slide and in chunks without tissue.
+
+        Raises
+        ------
+        StoreError
+            If the box meets a chunk with tissue that is not there: lost, or not yet computed.
+        """
+        while True:
+            maps, lost = self._read(box)
+            # A store may be finished, and so renamed, while it is read: what was read of it then does not count.
+            if (self._root / "zarr.json").exists():
+                break
+            self._attach(unfinished=False)
+        if lost:
+            raise StoreError(f"{self._root} lacks its chunks {sorted(lost)}; make it again with --overwrite")
+        return maps
+
+    def write_chunk(self, index: int, maps: Maps) -> None:
+        """Store the maps of one chunk, then commit it; once this returns they survive a crash of the machine."""
+        box = self.meta.chunk_box(index)
+        if maps.nuclei.shape != box.shape or index not in self.wanted:
+            raise ValueError(f"maps of {maps.nuclei.shape} px are not those of chunk {index} of {box.shape} px")
+        for array, values in ((self._np, maps.nuclei), (self._hv, maps.offsets), (self._nc, maps.types)):
+            array[..., *box.slices] = values
+            _to_disk(self._chunk_file(array, index))
+        with (self._root / COMMITS).open("a") as commits:
+            commits.write(f"{index}\n")
+            commits.flush()
+            os.fsync(commits.fileno())
+        self.committed.add(index)
+
+    def finish(self) -> None:
+        """Give the complete store its final name and unlock it.
+
+        Raises
+        ------
+        StoreError
+            If chunks are missing.
+        """
+        if self.missing:
+            some = ", ".join(map(str, sorted(self.missing)[:10]))
+            raise StoreError(
+                f"{self._root} lacks {len(self.missing)} of {len(self.wanted)} chunks ({some}, ...); "
+                "run the same command again to go on"
+            )
+        self._root.replace(self.path)
+        self.close()
+        self._attach(unfinished=False)
+
+    def _read(self, box: Box) -> tuple[Maps, list[int]]:
+        inside = box.clipped(self.meta.grid.box)
+        found = []
+        for array in (self._np, self._hv, self._nc):
+            values = np.zeros((*array.shape[:-2], *box.shape), array.dtype)
+            if not inside.is_empty:
+                values[..., *inside.within(box).slices] = array[..., *inside.slices]
+            found.append(values)
+        wanted = (index for index in self.meta.chunk_indices(box) if index in self.wanted)
+        return Maps(*found), [index for index in wanted if not self._chunk_file(self._nc, index).exists()]
+
+    def _chunk_file(self, array: Any, index: int) -> Path:
+        place = (0,) * (array.ndim - 2) + divmod(index, self.meta.columns)
+        return self._root / str(array.basename) / str(array.metadata.encode_chunk_key(place))
+
+    def _require(self, identity: dict[str, Any]) -> None:
+        stored, asked = dict(_leaves(self._identity)), dict(_leaves(identity))
+        differing = [
+            f"{name} {_shown(stored.get(name))} there and {_shown(asked.get(name))} now"
+            for name in sorted(stored.keys() | asked.keys())
+            if stored.get(name) != asked.get(name)
+        ]
+        if differing:
+            raise StoreError(
+                f"{self._root} was made otherwise: {'; '.join(differing)}; "
+                "run it as it was, or start afresh with --overwrite"
+            )
+
+    def _mend(self) -> None:
+        """Remove what a kill cut short: the end of a line, and files that did not get their name."""
+        commits = self._root / COMMITS
+        text = commits.read_bytes()
+        os.truncate(commits, text.rfind(b"\n") + 1)
+        for torn in self._root.rglob("*.partial"):
+            torn.unlink()
+
+
+def _create(
+    partial: Path,
+    identity: dict[str, Any],
+    meta: StoreMeta,
+    wanted: Mapping[int, int],
+    tissue: npt.NDArray[np.bool_],
+) -> None:
+    grid, side = meta.grid, meta.geometry.chunk_px
+    attributes = {
+        "wsipipe": {"format": FORMAT_VERSION, "version": wsipipe.__version__},
+        **meta.to_json(),
+        "tissue_mask": identity["tissue_mask"],
+        "counts": {"chunks": len(wanted), "tiles": sum(wanted.values())},
+    }
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    group = zarr.create_group(partial, attributes=attributes, zarr_format=3)
+    for name, channels, dtype in (
+        ("np", (), "u1"),
+        ("hv", (2,), "i1"),
+        ("nc", (max(1, len(meta.spec.class_names)),), "u1"),
+    ):
+        group.create_array(
+            name,
+            shape=(*channels, grid.height, grid.width),
+            chunks=(*channels, side, side),
+            dtype=dtype,
+            fill_value=0,
+            compressors=[ZstdCodec(level=COMPRESSION_LEVEL)],
+            dimension_names=("c", "y", "x")[-2 - len(channels) :],
+        )
+    counts = np.zeros((-(-grid.height // side), -(-grid.width // side)), np.uint32)
+    for index, tiles in wanted.items():
+        counts.flat[index] = tiles
+    for name, values in (("tissue", tissue.astype(np.uint8)), ("wanted", counts)):
+        group.create_array(name, data=values, chunks=values.shape, dimension_names=("y", "x"))
+    (partial / COMMITS).touch()  # last: a partial without it is a torn beginning
+
+
+def _attributes(root: Path, *, any_version: bool = False) -> dict[str, Any]:
+    """Attributes of a store of ours."""
+    if not root.exists():
+        raise StoreError(f"{root} does not exist; make it with `wsipipe maps`")
+    try:
+        attributes: dict[str, Any] = json.loads((root / "zarr.json").read_bytes())["attributes"]
+        version = attributes["wsipipe"]["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{root} is not a map store of wsipipe; give another path") from error
+    if version != FORMAT_VERSION and not any_version:
+        raise StoreError(
+            f"{root} has format version {version}, this wsipipe reads {FORMAT_VERSION}; "
+            "make it again with --overwrite, or use the wsipipe that made it"
+        )
+    return attributes
+
+
+def _plain(meta: StoreMeta) -> dict[str, Any]:
+    return _identity(json.loads(json.dumps(meta.to_json())))
+
+
+def _identity(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that the maps depend on. A slide may be renamed; the hash only repeats what stands beside it."""
+    identity = {key: value for key, value in attributes.items() if key not in ("wsipipe", "counts", "config_hash")}
+    return {**identity, "slide": {"fingerprint": attributes["slide"]["fingerprint"]}}
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _shown(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # a sha256 is told by its start
+
+
+def _sha256(array: npt.NDArray[np.bool_]) -> str:
+    return hashlib.sha256(repr(array.shape).encode() + np.packbits(array).tobytes()).hexdigest()
+
+
+def _read_commits(path: Path) -> set[int]:
+    text = path.read_text(encoding="ascii", errors="replace") if path.exists() else ""
+    try:
+        return {int(line) for line in text[: text.rfind("\n") + 1].splitlines()}  # a torn last line was not committed
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}); make the maps again with --overwrite") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _discard(path: Path) -> None:
+    """Delete a folder; its name is free at once, so that a kill leaves no half of it under that name."""
+    discarded = path.with_name(path.name + ".discarded")
+    shutil.rmtree(discarded, ignore_errors=True)
+    if path.exists():
+        path.replace(discarded)
+        shutil.rmtree(discarded)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
