@@ -1,0 +1,301 @@
+"""nuclei.parquet: every nucleus of a slide as GeoParquet 1.1, written as blocks finish, read as a stream."""
+
+import json
+import logging
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import shapely
+
+from wsipipe.errors import StoreError
+from wsipipe.features import NUCLEI_SCHEMA
+from wsipipe.geometry import Box, Grid
+from wsipipe.store import finished
+
+log = logging.getLogger(__name__)
+
+FORMAT = "wsipipe nuclei"
+FORMAT_VERSION = 1
+ROW_GROUP = 50_000  # nuclei; about 15 MB in memory, and few enough groups for a slide of millions
+# Rows are sorted by squares of this side, so that their order does not tell how the slide was cut into
+# blocks and a row group is a compact region. One row of squares over the slide is held in memory at a time.
+SQUARE_PX0 = 1024
+
+
+@dataclass(frozen=True)
+class NucleiMeta:
+    """What a table of nuclei says of itself. Travels as JSON in the Parquet metadata, key ``wsipipe``.
+
+    Attributes
+    ----------
+    slide, fingerprint : str
+        Name of the slide and the hash that identifies its file.
+    width_px0, height_px0 : int
+        Size of the slide, level-0 px.
+    bounds : Box or None
+        The part of the slide that was scanned, level-0 px, where the file tells it.
+    grid : Grid
+        The working grid the nuclei were found on; it carries the slide's resolution.
+    class_names, class_colours
+        Types in the order of `type_id`; 0 is background. Colours are RGB, 0 to 255.
+    model, config, versions : dict
+        Model (name, weights, source), settings and software. JSON values only.
+    counts : dict of str to int
+        Nuclei by type, every type but the background; filled when the table is finished.
+    qc : dict of str to int
+        What the blocks reported besides, summed over them; filled when the table is finished.
+    """
+
+    slide: str
+    fingerprint: str
+    width_px0: int
+    height_px0: int
+    bounds: Box | None
+    grid: Grid
+    class_names: tuple[str, ...]
+    class_colours: tuple[tuple[int, int, int], ...]
+    model: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, Any]
+    counts: dict[str, int] = field(default_factory=dict)
+    qc: dict[str, int] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """All that the nuclei depend on, as one level of settings; a slide may be renamed."""
+        told = _flat(json.loads(self.to_json()))
+        return {
+            key: value for key, value in told.items() if key.split(".")[0] not in ("counts", "qc", "slide", "versions")
+        }
+
+    @property
+    def count(self) -> int:
+        """Number of nuclei in the table."""
+        return sum(self.counts.values())
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "NucleiMeta":
+        """Raises ValueError, TypeError or KeyError for a text that `to_json` did not write."""
+        values = json.loads(text)
+        if (values.pop("format"), version := values.pop("version")) != (FORMAT, FORMAT_VERSION):
+            raise ValueError(f"it is of format version {version}; this wsipipe reads {FORMAT_VERSION}")
+        meta = cls(**values)
+        return replace(
+            meta,
+            bounds=Box(**values["bounds"]) if values["bounds"] else None,
+            grid=Grid(**values["grid"]),
+            class_names=tuple(meta.class_names),
+            class_colours=tuple((r, g, b) for r, g, b in meta.class_colours),
+        )
+
+
+class NucleiSpool:
+    """The nuclei of finished blocks, on their way into one table.
+
+    Each block is a small Arrow file in ``<path>.partial/``, which appears only when it is complete. So a
+    killed run goes on where it was, blocks may be added in any order and by several processes, and memory
+    does not grow with the number of nuclei.
+
+    Parameters
+    ----------
+    path : Path
+        The table to be, e.g. nuclei.parquet.
+    meta : NucleiMeta
+        What the table will say of itself.
+    layout : dict
+        How the slide is cut into blocks, JSON values; needed to resume, not part of the table.
+    overwrite : bool
+        Start afresh, whatever is there.
+
+    Raises
+    ------
+    StoreError
+        If blocks are there that were made with another `meta` or `layout`.
+    """
+
+    def __init__(self, path: Path, meta: NucleiMeta, layout: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.path = path
+        self.meta = meta
+        self.folder = path.with_name(path.name + ".partial")
+        if overwrite and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = self.folder / "settings.json"
+        ours = json.dumps({**json.loads(meta.to_json()), "blocks": layout}, ensure_ascii=False)
+        if record.exists():
+            self._refuse_other_settings(json.loads(record.read_text(encoding="utf-8")), json.loads(ours))
+        else:
+            with finished(record) as partial:
+                partial.write_text(ours, encoding="utf-8")
+
+    def done(self) -> set[int]:
+        """Blocks that are there, empty ones included."""
+        return {int(file.stem) for file in self.folder.glob("*.arrow")}
+
+    def add(self, block: int, nuclei: pa.RecordBatch, qc: dict[str, int] | None = None) -> None:
+        """Keep the nuclei that `block` owns; `nuclei` has the columns of NUCLEI_SCHEMA and may be empty."""
+        if not nuclei.schema.equals(NUCLEI_SCHEMA):
+            raise ValueError(f"nuclei have the columns {nuclei.schema.names}, not those of NUCLEI_SCHEMA")
+        schema = NUCLEI_SCHEMA.with_metadata({"qc": json.dumps(qc or {})})
+        with finished(self._file(block)) as partial, pa.ipc.new_file(str(partial), schema) as writer:
+            writer.write_batch(nuclei.replace_schema_metadata(schema.metadata))
+
+    def finish(self, blocks: Iterable[int]) -> NucleiMeta:
+        """Write the table from `blocks`, which must all be there, and remove the spool.
+
+        The file's bytes depend on the nuclei and on `meta` alone, not on how they were cut into blocks.
+
+        Returns
+        -------
+        NucleiMeta
+            With the counts, as it stands in the table.
+
+        Raises
+        ------
+        StoreError
+            If a block is missing.
+        """
+        wanted = sorted(set(blocks))
+        missing = sorted(set(wanted) - self.done())
+        if missing:
+            raise StoreError(
+                f"{self.folder} lacks {len(missing)} of {len(wanted)} blocks, first {missing[0]}; "
+                "run the same command again to make them"
+            )
+        counts = dict.fromkeys(self.meta.class_names[1:], 0)
+        extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
+        unnamed = self.folder / "table.parquet"
+        # Only `type` repeats; the other columns are numbers for which a dictionary costs time and gains nothing.
+        with (
+            finished(unnamed) as partial,  # on the disk before the spool goes
+            pq.ParquetWriter(
+                partial,
+                NUCLEI_SCHEMA.remove_metadata(),
+                compression="zstd",
+                compression_level=3,
+                use_dictionary=["type"],
+            ) as writer,
+        ):
+            for group in _groups(_in_order([self._file(block) for block in wanted])):
+                writer.write_table(group, row_group_size=ROW_GROUP)
+                for entry in group["type"].value_counts().to_pylist():
+                    counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+                bounds = shapely.total_bounds(shapely.from_wkb(group["geometry"].to_numpy()))
+                extent = np.r_[np.fmin(extent[:2], bounds[:2]), np.fmax(extent[2:], bounds[2:])]
+            meta = replace(self.meta, counts=counts, qc=self._qc(wanted))
+            writer.add_key_value_metadata({"geo": _geo(extent), "wsipipe": meta.to_json()})
+        unnamed.replace(self.path)
+        shutil.rmtree(self.folder)
+        log.debug("%s: %d nuclei from %d blocks", self.path, meta.count, len(wanted))
+        return meta
+
+    def _qc(self, blocks: Iterable[int]) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for block in blocks:
+            with pa.memory_map(str(self._file(block))) as source:
+                total.update(json.loads(pa.ipc.open_file(source).schema.metadata[b"qc"]))
+        return dict(sorted(total.items()))
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"{block:08d}.arrow"
+
+    def _refuse_other_settings(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+        theirs, ours = _flat(theirs), _flat(ours)
+        differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+        if differing:
+            which = "; ".join(f"{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}" for key in differing[:5])
+            raise StoreError(
+                f"{self.folder} was begun with other settings: {which}; "
+                "pass --overwrite to start afresh, or give the former settings to go on"
+            )
+
+
+def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> tuple[NucleiMeta, Iterator[pa.RecordBatch]]:
+    """What a table says of itself, and its nuclei as a stream; `columns` are all unless named.
+
+    Raises
+    ------
+    StoreError
+        If the file is missing, torn, not a table of nuclei, or of another format version.
+    """
+    try:
+        stored = pq.read_metadata(path).metadata or {}
+        if b"wsipipe" not in stored:
+            raise StoreError(f"{path} is not a table of nuclei; make one with 'wsipipe nuclei'")
+        meta = NucleiMeta.from_json(stored[b"wsipipe"])
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} does not exist; make it with 'wsipipe nuclei'") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreError(f"{path} cannot be read as Parquet ({error}); make it again with 'wsipipe nuclei'") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(
+            f"{path} is a table of nuclei that cannot be used: {error}; make it again with 'wsipipe nuclei'"
+        ) from error
+    return meta, _batches(path, columns)
+
+
+def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        yield from file.iter_batches(batch_size=ROW_GROUP, columns=None if columns is None else list(columns))
+
+
+def _in_order(files: list[Path]) -> Iterator[pa.Table]:
+    """The rows of all files, by rows of squares, then by square, then by place."""
+    rows_of_squares: dict[float, list[Path]] = defaultdict(list)
+    for file in files:
+        for row in np.unique(_square(_read(file)["y_px0"])):
+            rows_of_squares[row].append(file)
+    for row in sorted(rows_of_squares):
+        spooled = [_read(file) for file in rows_of_squares[row]]
+        nuclei = pa.concat_tables([table.filter(pa.array(_square(table["y_px0"]) == row)) for table in spooled])
+        keys = nuclei.select(["y_px0", "x_px0", "id"]).append_column("square", pa.array(_square(nuclei["x_px0"])))
+        order = [(name, "ascending") for name in ("square", "y_px0", "x_px0", "id")]
+        yield nuclei.take(pc.sort_indices(keys, sort_keys=order))
+
+
+def _read(file: Path) -> pa.Table:
+    # Mapped, not loaded: a block is read once for every row of squares that it meets.
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_file(source).read_all().replace_schema_metadata(None)
+
+
+def _square(px0: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    return np.asarray(px0.to_numpy() // SQUARE_PX0)
+
+
+def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of ROW_GROUP rows, the last one smaller."""
+    held = NUCLEI_SCHEMA.empty_table()
+    for table in tables:
+        held = pa.concat_tables([held, table])
+        while held.num_rows >= ROW_GROUP:
+            yield held.slice(0, ROW_GROUP).combine_chunks()
+            held = held.slice(ROW_GROUP)
+    if held.num_rows:
+        yield held.combine_chunks()
+
+
+def _geo(extent: npt.NDArray[np.float64]) -> str:
+    """The ``geo`` metadata of GeoParquet 1.1: pixels of a slide have no place on earth, so no CRS."""
+    column = {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None, "edges": "planar"}
+    bbox = {"bbox": extent.tolist()} if np.isfinite(extent).all() else {}
+    return json.dumps({"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column | bbox}})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, keys joined by dots, so that a difference has a name."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
