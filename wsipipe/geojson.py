@@ -298,8 +298,8 @@ def _pieces(texts: list[bytes]) -> tuple[Bytes, Integers]:
     return _bytes(b"".join(texts)), np.cumsum([0, *map(len, texts)])
 
 
-# Below, text is put into `out` from `at` on, and where it ends is returned. Compiled, because Python and numpy
-# take 10 to 20 µs for the forty numbers of a nucleus, and this takes less than one.
+# Below, text is put into `out` from `at` on, and where it ends is returned. Compiled: Arrow's casts
+# and joins took about 15 µs for the forty numbers of a nucleus, and this takes less than one.
 
 
 @compiled
