@@ -6,10 +6,10 @@ Only what changes a result is here. Devices, threads and folders belong to the c
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from wsipipe.errors import ConfigError
 
@@ -39,12 +39,23 @@ class NucleiConfig(_Settings):
 
     halo_px: int = Field(128, gt=0, description="context on each side of a block: the widest nucleus, px")
     min_area_um2: float = Field(6.0, ge=0, description="smaller nuclei are dropped, µm²")
-
-
-class ExportConfig(_Settings):
-    """From nuclei to files for viewers."""
-
+    np_threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a pixel is of a nucleus")
+    hv_scale: tuple[float, float] | Literal["tile"] = Field(
+        (-1.5, 0.9),
+        description="slopes of the HV map, 1/µm, that are wholly border and wholly nucleus; "
+        "'tile': their range over the block, as published, which makes a result depend on the cut",
+    )
+    hv_kernel_um: float = Field(3.75, gt=0, le=10, description="extent of the filter that takes those slopes, µm")
+    marker_threshold: float = Field(0.4, gt=0, lt=1, description="share of border from which a pixel marks no nucleus")
+    max_hole_um: float = Field(4.0, ge=0, description="holes as wide and high are filled before nuclei are parted, µm")
     simplify_px: float = Field(0.5, ge=0, le=2, description="outlines move by no more, working px")
+
+    @field_validator("hv_scale")
+    @classmethod
+    def _rises(cls, scale: tuple[float, float] | str) -> tuple[float, float] | str:
+        if isinstance(scale, tuple) and scale[0] >= scale[1]:
+            raise ValueError("the slope of a border must be below that of a nucleus")
+        return scale
 
 
 class Config(_Settings):
@@ -53,7 +64,6 @@ class Config(_Settings):
     tissue: TissueConfig = TissueConfig()
     maps: MapsConfig = MapsConfig()
     nuclei: NucleiConfig = NucleiConfig()
-    export: ExportConfig = ExportConfig()
 
 
 def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
@@ -79,10 +89,12 @@ def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] |
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors()
-        )
-        raise ConfigError(f"{path or 'the settings'}: {faults}") from error
+        raise ConfigError(f"{path or 'the settings'}: {faults(error)}") from error
+
+
+def faults(error: ValidationError) -> str:
+    """Every fault that pydantic found, each with its place."""
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors())
 
 
 def config_hash(*parts: BaseModel | dict[str, Any]) -> str:

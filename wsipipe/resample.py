@@ -39,7 +39,7 @@ def resampled(
     pixels = read(source)
     if scale == (1.0, 1.0) and source == box:
         return pixels
-    pixels = np.require(pixels, requirements="CW")  # one kind of array: the kernel is compiled for each it meets
+    pixels = np.require(pixels, requirements=["C", "W"])  # one kind of array: the kernel is compiled for each it meets
     return _weighted(pixels, rows - source.y0, row_weights, columns - source.x0, column_weights)
 
 

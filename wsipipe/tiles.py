@@ -52,9 +52,7 @@ def tile_grid(whole: Box, geometry: TileGeometry) -> Iterator[Tile]:
         yield Tile(core, full.grown(geometry.halo_px))
 
 
-def chunk_grid(
-    whole: Box, geometry: TileGeometry, wanted: Callable[[Box], bool]
-) -> Iterator[tuple[Box, list[Tile]]]:
+def chunk_grid(whole: Box, geometry: TileGeometry, wanted: Callable[[Box], bool]) -> Iterator[tuple[Box, list[Tile]]]:
     """Chunks of `whole` with their tiles whose core is `wanted`; chunks without any are left out."""
     for chunk in partition(whole, geometry.chunk_px):
         tiles = [tile for tile in tile_grid(chunk, geometry) if wanted(tile.core)]

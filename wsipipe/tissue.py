@@ -31,10 +31,13 @@ class TissueMask:
     mask : (H, W) bool
     grid : Grid
         Where its pixels lie.
+    region : Polygon, MultiPolygon or None
+        What it was restricted to, level-0 px: the mask covers it conservatively, nuclei are held to it exactly.
     """
 
     mask: npt.NDArray[np.bool_]
     grid: Grid
+    region: shapely.Geometry | None = None
 
     def __post_init__(self) -> None:
         if self.mask.shape != self.grid.box.shape:
@@ -65,7 +68,8 @@ class TissueMask:
         region : Polygon or MultiPolygon
             In level-0 pixels.
         """
-        return TissueMask(self.mask & _covered(region, self.grid), self.grid)
+        within = region if self.region is None else shapely.intersection(self.region, region)
+        return TissueMask(self.mask & _covered(region, self.grid), self.grid, within)
 
 
 def tissue_mask(rgb: npt.NDArray[np.uint8], pixel_um: float, config: TissueConfig) -> npt.NDArray[np.bool_]:
