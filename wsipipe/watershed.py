@@ -1,0 +1,85 @@
+"""Watershed from markers on 8-bit levels: a first-in-first-out queue a level."""
+
+import numpy as np
+import numpy.typing as npt
+
+from wsipipe.compiled import compiled
+from wsipipe.runs import find_runs, join_runs
+
+
+@compiled
+def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> None:
+    """Let the labels above 0 grow, in place, over the pixels of `mask`, lowest level first.
+
+    Parameters
+    ----------
+    levels : (H, W) uint8
+        Height of each pixel.
+    mask : (H, W) uint8
+        1 where labels may grow; 0 in the outermost rows and columns.
+    labels : (H, W) int32
+        Markers above 0, all within `mask`; 0 elsewhere.
+
+    Notes
+    -----
+    Meyer 1991. Pixels of one level are taken in the order in which they were reached, markers in raster
+    order: the same rule as `skimage.segmentation.watershed` without compactness. A pixel's label thus
+    depends on nothing but the pixels on the ways from the markers to it, never on its place in the array.
+    Regions of the mask do not touch, so each is flooded on its own: what is at work stays in the cache.
+    """
+    height, width = labels.shape
+    rows, start, stop = find_runs(mask, 1)
+    root = join_runs(rows, start, stop)
+    row = np.empty(start.size, np.int32)
+    next_run, last_run = np.full(start.size, -1, np.int32), np.empty(start.size, np.int32)
+    for y in range(height):
+        for i in range(rows[y], rows[y + 1]):
+            row[i] = y
+            if root[i] != i:
+                next_run[last_run[root[i]]] = i
+            last_run[root[i]] = i
+
+    level, wanted, label = levels.ravel(), mask.ravel(), labels.ravel()
+    following = np.empty(label.size, np.int32)
+    first, last = np.full(256, -1, np.int32), np.empty(256, np.int32)
+    neighbours = (-width, -1, 1, width)
+    for region in range(start.size):
+        if root[region] != region:
+            continue
+        lowest, highest = 256, -1
+        i = region
+        while i >= 0:
+            for p in range(row[i] * width + start[i], row[i] * width + stop[i]):
+                if label[p] == 0:
+                    continue
+                for step in neighbours:
+                    if wanted[p + step] and label[p + step] == 0:
+                        k = level[p]
+                        if first[k] < 0:
+                            first[k] = p
+                        else:
+                            following[last[k]] = p
+                        last[k] = p
+                        following[p] = -1
+                        lowest, highest = min(lowest, k), max(highest, k)
+                        break
+            i = next_run[i]
+        k = lowest
+        while k <= highest:
+            p = first[k]
+            if p < 0:
+                k += 1
+                continue
+            first[k] = following[p]
+            for step in neighbours:
+                q = p + step
+                if wanted[q] and label[q] == 0:
+                    label[q] = label[p]
+                    j = level[q]
+                    if first[j] < 0:
+                        first[j] = q
+                    else:
+                        following[last[j]] = q
+                    last[j] = q
+                    following[q] = -1
+                    k, highest = min(k, j), max(highest, j)
