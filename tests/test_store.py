@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,7 +266,19 @@ def test_a_reader_follows_a_store_that_is_finished_under_its_hands(tmp_path: Pat
             store.write_chunk(index, some_maps(META.chunk_box(index)))
         store.finish()
     assert same(reader.read(META.chunk_box(2)), some_maps(META.chunk_box(2)))
-    assert reader.is_finished
+
+
+def test_threads_that_share_a_reader_see_no_holes_while_the_store_is_finished(tmp_path: Path) -> None:
+    whole = META.grid.box
+    for attempt in range(10):
+        path = tmp_path / f"{attempt}.zarr"
+        with begin(path) as store, ThreadPoolExecutor(4) as pool:
+            for index in store.missing:
+                store.write_chunk(index, some_maps(META.chunk_box(index)))
+            reader, expected = MapStore.open(path, unfinished=True), store.read(whole)
+            reads = [pool.submit(reader.read, whole) for _ in range(40)]
+            store.finish()
+            assert all(same(read.result(), expected) for read in reads)
 
 
 @pytest.mark.parametrize("files", [{}, {"zarr.json": "{"}, {"zarr.json": "{}"}, {"zarr.json": '{"attributes": {}}'}])

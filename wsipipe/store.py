@@ -143,6 +143,8 @@ class MapStore:
         Index of every chunk with tissue and its number of tiles.
     committed : set of int
         Chunks that were finished when the store was opened, or have been since through this object.
+    made_ns : int
+        When the store was begun; tells it from another one under the same path.
     is_finished : bool
         Whether the store is complete and has its final name.
     """
@@ -161,12 +163,13 @@ class MapStore:
             self.meta = StoreMeta.from_json(attributes)
             self.version: str = attributes["wsipipe"]["version"]
             self._identity = _identity(attributes)
+            self.made_ns = (self._root / "zarr.json").stat().st_mtime_ns
             # An array's chunks are stored even where they are all zero: so a chunk that lacks its file was lost.
             with zarr.config.set({"array.write_empty_chunks": True}):
                 group = zarr.open_group(self._root, mode="r+" if self._lock else "r", use_consolidated=False)
                 arrays: list[Any] = [group[name] for name in ("np", "hv", "nc", "tissue", "wanted")]
                 counts = np.asarray(arrays[-1][...])
-        except (KeyError, TypeError, ValueError, zarr.errors.BaseZarrError) as error:
+        except (KeyError, TypeError, ValueError, OSError, zarr.errors.BaseZarrError) as error:
             raise StoreError(f"{self._root} is damaged ({error}); make it again with --overwrite") from error
         self._np, self._hv, self._nc, self._tissue = arrays[:-1]
         self.wanted = {int(index): int(counts.flat[index]) for index in np.flatnonzero(counts)}
@@ -256,6 +259,11 @@ class MapStore:
         """(h, w) bool, on `meta.tissue_grid`."""
         return np.asarray(self._tissue[...], bool)
 
+    @cached_property
+    def _renamed(self) -> "MapStore":
+        """The finished store. Threads share this object, so it cannot itself move to the new name under their hands."""
+        return MapStore.open(self.path)
+
     @property
     def missing(self) -> set[int]:
         """Chunks with tissue that are not finished."""
@@ -269,12 +277,9 @@ class MapStore:
         StoreError
             If the box meets a chunk with tissue that is not there: lost, or not yet computed.
         """
-        while True:
-            maps, lost = self._read(box)
-            # A store may be finished, and so renamed, while it is read: what was read of it then does not count.
-            if (self._root / "zarr.json").exists():
-                break
-            self._attach(unfinished=False)
+        maps, lost = self._read(box)
+        if not (self._root / "zarr.json").exists():  # finished, and so renamed, meanwhile: what was read may be holes
+            return self._renamed.read(box)
         if lost:
             raise StoreError(f"{self._root} lacks its chunks {sorted(lost)}; make it again with --overwrite")
         return maps
