@@ -77,6 +77,7 @@ class DrawnTissue:
         self.mask = np.asarray(mask, bool)
         height, width = self.mask.shape
         self.grid = Grid(width, height, 420 / width, 300 / height, 0.25, 0.25)
+        self.region = None
 
     def meets(self, box: Box, grid: Grid) -> bool:
         (x0, y0), (x1, y1) = self.grid.from_px0(grid.to_px0([[box.x0, box.y0], [box.x1, box.y1]]))

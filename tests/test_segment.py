@@ -1,0 +1,228 @@
+"""From a slide file to all its results: with a network that reads the truth from the colours."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import geopandas
+import numpy as np
+import pytest
+import shapely
+from dask.distributed import LocalCluster
+
+from wsipipe.config import Config, load_config
+from wsipipe.errors import ConfigError, StoreError
+from wsipipe.folder import ResultFolder
+from wsipipe.model.weights import load_model
+from wsipipe.slide import open_slide
+from wsipipe.stages.export import make_export
+from wsipipe.stages.maps import make_maps
+from wsipipe.stages.nuclei import make_nuclei
+from wsipipe.stages.segment import segment
+from wsipipe.stages.tissue import make_tissue, read_tissue
+
+FILES = ("tissue.png", "nuclei.parquet", "nuclei.geojson.gz", "overlay.png")
+
+
+def run(slide_path, out, model, config=None, mpp=None, **options):
+    with open_slide(slide_path, mpp) as slide:
+        options = {"device": "cpu", "precision": "fp32", **options}
+        return segment(slide, load_model(model), ResultFolder(out), config or Config(), **options)
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """All that a run leaves but its records, which tell times and commands."""
+    kept = [out / name for name in FILES] + sorted((out / "maps.zarr").rglob("*"))
+    return {str(file.relative_to(out)): file.read_bytes() for file in kept if file.is_file() and file.name != "commits"}
+
+
+def test_twelve_discs_in_twelve_nuclei_out(tiny, oracle, tmp_path):
+    summary = run(tiny.path, tmp_path / "out", oracle)
+    assert summary.nuclei.counts == {"round": 12, "other": 0}
+    table = geopandas.read_parquet(tmp_path / "out" / "nuclei.parquet").sort_values(["x_px0", "y_px0"])
+    for disc, (_, nucleus) in zip(sorted(tiny.discs, key=lambda d: (d.x, d.y)), table.iterrows(), strict=True):
+        assert np.hypot(nucleus.x_px0 - disc.x, nucleus.y_px0 - disc.y) < 0.5
+        assert nucleus.area_um2 == pytest.approx(np.pi * (disc.radius * tiny.mpp) ** 2, rel=0.06)
+        assert nucleus.geometry.contains(shapely.Point(disc.x, disc.y))
+        assert nucleus.type == "round"
+        assert nucleus.probability > 0.9
+    assert summary.tissue_mm2 == pytest.approx(np.pi * 350 * 300 * 0.25**2 / 1e6, rel=0.2)  # at 8 µm/px
+
+
+def test_the_stages_one_by_one_give_the_bytes_of_the_whole(tiny, oracle, tmp_path):
+    run(tiny.path, tmp_path / "whole", oracle)
+    folder = ResultFolder(tmp_path / "steps")
+    folder.prepare()
+    with open_slide(tiny.path) as slide:
+        make_tissue(slide, folder.tissue, Config().tissue)
+        tissue = read_tissue(folder.tissue, slide)
+        make_maps(slide, tissue, load_model(oracle), folder.maps, Config(), device="cpu", precision="fp32")
+        make_nuclei(slide, folder.maps, folder.nuclei, Config().nuclei, workers=1)
+        make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay)
+    assert results(folder.path) == results(tmp_path / "whole")
+
+
+def test_chunks_and_schedulers_change_no_byte_of_the_table(tiny, oracle, tmp_path):
+    small = load_config(overrides={"maps": {"chunk_tiles": 1}})
+    run(tiny.path, tmp_path / "large", oracle)
+    run(tiny.path, tmp_path / "small", oracle, small)
+    tables = {(tmp_path / name / "nuclei.parquet").read_bytes() for name in ("large", "small")}
+    with open_slide(tiny.path) as slide:
+        maps = tmp_path / "small" / "maps.zarr"
+        for scheduler in ("threads", "processes"):
+            out = tmp_path / f"{scheduler}.parquet"
+            make_nuclei(slide, maps, out, small.nuclei, scheduler=scheduler, workers=2)
+            tables.add(out.read_bytes())
+    assert len(tables) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of distributed, whose ports and processes are its own
+def test_an_existing_cluster_gives_the_same_table(tiny, oracle, tmp_path):
+    run(tiny.path, tmp_path / "out", oracle)
+    out = tmp_path / "cluster.parquet"
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster, open_slide(tiny.path) as s:
+        make_nuclei(s, tmp_path / "out" / "maps.zarr", out, Config().nuclei, scheduler=cluster.scheduler_address)
+    assert out.read_bytes() == (tmp_path / "out" / "nuclei.parquet").read_bytes()
+
+
+def test_a_second_run_leaves_everything_as_it_is(tiny, oracle, tmp_path):
+    run(tiny.path, tmp_path / "out", oracle)
+    before = results(tmp_path / "out")
+    times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in ("nuclei.parquet", "maps.zarr")}
+    summary = run(tiny.path, tmp_path / "out", oracle)
+    assert summary.maps.tiles == 0
+    assert results(tmp_path / "out") == before
+    assert times == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times}
+
+
+def test_other_settings_are_refused_with_both_values_and_the_remedy(tiny, oracle, tmp_path):
+    run(tiny.path, tmp_path / "out", oracle)
+    larger = load_config(overrides={"nuclei": {"min_area_um2": 20.0}})
+    with pytest.raises(StoreError, match=r"config.min_area_um2 was 6.0 and is now 20.0; .*nuclei --overwrite"):
+        run(tiny.path, tmp_path / "out", oracle, larger)
+    with open_slide(tiny.path) as slide:
+        folder = ResultFolder(tmp_path / "out")
+        summary = make_nuclei(slide, folder.maps, folder.nuclei, larger.nuclei, overwrite=True)
+    assert summary.meta.count < 12
+
+
+def test_maps_of_another_slide_are_refused(tiny, oracle, make_svs, tmp_path):
+    run(tiny.path, tmp_path / "out", oracle)
+    other = make_svs(tmp_path / "tiny.svs", tiny.pixels[:512])
+    with pytest.raises(StoreError, match="fingerprint"):
+        run(other, tmp_path / "out", oracle)
+
+
+def test_nuclei_outside_the_region_are_left_out(tiny, oracle, tmp_path):
+    left = {"type": "Polygon", "coordinates": [[[0, 0], [470, 0], [470, 768], [0, 768], [0, 0]]]}
+    roi = tmp_path / "roi.geojson"
+    roi.write_text(json.dumps({"type": "Feature", "geometry": left, "properties": {}}))
+    run(tiny.path, tmp_path / "out", oracle, roi=roi)
+    table = geopandas.read_parquet(tmp_path / "out" / "nuclei.parquet")
+    assert len(table) == sum(disc.x < 470 for disc in tiny.discs)
+    assert (table.x_px0 < 470).all()
+
+
+def test_a_coarser_scan_of_the_same_tissue_has_its_nuclei_in_the_same_places(tiny, oracle, make_svs, tmp_path):
+    coarse = make_svs(
+        tmp_path / "coarse.svs", cv2.resize(tiny.pixels, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), mpp=0.5
+    )
+    places = {}
+    for name, path in {"fine": tiny.path, "coarse": coarse}.items():
+        run(path, tmp_path / name, oracle)
+        table = geopandas.read_parquet(tmp_path / name / "nuclei.parquet").sort_values(["x_um", "y_um"])
+        places[name] = table[["x_um", "y_um"]].to_numpy()
+    np.testing.assert_allclose(places["coarse"], places["fine"], atol=0.25)  # one working px
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (300, 1), (1, 4000)])
+def test_slides_of_the_oddest_shapes_go_through(shape, oracle, make_svs, tmp_path):
+    path = make_svs(tmp_path / "odd.svs", np.full((*shape, 3), (90, 50, 140), np.uint8), levels=1)
+    run(path, tmp_path / "out", oracle, everywhere=True)
+    assert all((tmp_path / "out" / name).exists() for name in FILES)
+
+
+def test_a_slide_without_tissue_has_empty_results(oracle, make_svs, tmp_path):
+    path = make_svs(tmp_path / "white.svs", np.full((512, 512, 3), 255, np.uint8))
+    summary = run(path, tmp_path / "out", oracle)
+    assert (summary.nuclei.count, summary.tissue_mm2, summary.maps.tiles) == (0, 0.0, 0)
+    assert len(geopandas.read_parquet(tmp_path / "out" / "nuclei.parquet")) == 0
+
+
+def test_an_error_while_nuclei_are_found_stops_the_run_with_its_block(tiny, oracle, tmp_path, monkeypatch):
+    from wsipipe.stages import nuclei as stage
+
+    def broken(*_):
+        raise StoreError("the disk is gone")
+
+    monkeypatch.setattr(stage, "nuclei_of_block", broken)
+    with pytest.raises(StoreError, match=r"block \d+ .*: the disk is gone"):
+        run(tiny.path, tmp_path / "out", oracle, load_config(overrides={"maps": {"chunk_tiles": 1}}))
+    assert not (tmp_path / "out" / "nuclei.parquet").exists()
+
+
+@pytest.mark.parametrize(("scheduler", "message"), [("fibres", "is none of threads"), ("tcp://127.0.0.1:9", "no Dask")])
+@pytest.mark.filterwarnings("ignore")
+def test_a_scheduler_that_is_not_there_is_refused(scheduler, message, tiny, oracle, tmp_path, monkeypatch):
+    monkeypatch.setattr("wsipipe.stages.nuclei.ANSWER_S", 1)
+    with pytest.raises(ConfigError, match=message):
+        run(tiny.path, tmp_path / "out", oracle, scheduler=scheduler)
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from torch import nn
+sys.path.insert(0, sys.argv[4])
+import conftest
+from wsipipe.config import load_config
+from wsipipe.folder import ResultFolder
+from wsipipe.model import registry
+from wsipipe.model.weights import load_model
+from wsipipe.slide import open_slide
+from wsipipe.stages.segment import segment
+
+class Slow(conftest.ColourOracle):
+    def forward(self, image):
+        import time
+        time.sleep(0.03)
+        return super().forward(image)
+
+registry.ARCHITECTURES["oracle"] = Slow
+config = load_config(overrides={"maps": {"chunk_tiles": 1}})
+with open_slide(sys.argv[1]) as slide:
+    segment(slide, load_model(sys.argv[2]), ResultFolder(Path(sys.argv[3])), config, device="cpu", precision="fp32")
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny, oracle, tmp_path):
+    small = load_config(overrides={"maps": {"chunk_tiles": 1}})
+    run(tiny.path, tmp_path / "undisturbed", oracle, small)
+    out = tmp_path / "killed"
+    arguments = [str(tiny.path), str(oracle), str(out), str(Path(__file__).parent)]
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments])
+    commits = out / "maps.zarr.partial" / "commits"
+    while process.poll() is None and not (commits.exists() and commits.stat().st_size > 20):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert commits.exists()
+    assert not (out / "nuclei.parquet").exists()
+    summary = run(tiny.path, out, oracle, small)
+    assert 0 < summary.maps.chunks < summary.maps.chunks + summary.maps.chunks_before
+    assert summary.maps.chunks_before > 0
+    assert results(out) == results(tmp_path / "undisturbed")
+
+
+def test_a_model_of_another_name_is_not_mixed_into_a_run(tiny, oracle, tmp_path):
+    run(tiny.path, tmp_path / "out", oracle)
+    network, spec, _ = load_model(oracle)
+    other = (network, replace(spec, notes={"run": 2}), "ff" * 32)
+    with open_slide(tiny.path) as slide, pytest.raises(StoreError, match="weights_sha256"):
+        segment(slide, other, ResultFolder(tmp_path / "out"), Config(), device="cpu", precision="fp32")

@@ -1,0 +1,56 @@
+"""Make of a table of nuclei what viewers open: GeoJSON for QuPath, and a picture for the eye."""
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from wsipipe.folder import write_record
+from wsipipe.geojson import Form, GeojsonSummary, write_geojson
+from wsipipe.overlay import draw_overlay
+from wsipipe.slide import Slide
+from wsipipe.store import finished
+from wsipipe.table import read_nuclei
+from wsipipe.tissue import TissueMask
+
+log = logging.getLogger(__name__)
+
+
+def make_export(
+    slide: Slide,
+    tissue: TissueMask,
+    nuclei: Path,
+    geojson: Path,
+    overlay: Path,
+    *,
+    form: Form = "outlines",
+    crop_to_bounds: bool = True,
+    split: int | None = None,
+) -> GeojsonSummary:
+    """Write `geojson` and `overlay` from a finished table; existing files are replaced.
+
+    Parameters
+    ----------
+    form : {"outlines", "centroids", "overview"}
+        What stands for a nucleus in the GeoJSON.
+    crop_to_bounds : bool
+        Place nuclei where QuPath shows a slide that states its bounds; False: where ``--no-crop`` shows it.
+    split : int, optional
+        Nuclei a file, if they are to be several.
+    """
+    started = time.monotonic()
+    summary = write_geojson(nuclei, geojson, form=form, offset=None if crop_to_bounds else (0, 0), split=split)
+    meta, _ = read_nuclei(nuclei)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        return read_nuclei(nuclei, ["type_id", "x_px0", "y_px0", "geometry"])[1]
+
+    picture = draw_overlay(meta, tissue, batches, slide.read)
+    with finished(overlay) as partial:
+        picture.save(partial, "PNG")
+    seconds = time.monotonic() - started
+    log.info("%s: wrote %s and %s in %.1f s", slide.name, geojson.name, overlay.name, seconds)
+    write_record(geojson, nuclei=summary.nuclei, dropped=summary.dropped, form=form, seconds=round(seconds, 3))
+    return summary

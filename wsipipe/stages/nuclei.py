@@ -1,0 +1,253 @@
+"""Find the nuclei of finished maps, block by block under Dask, and store them as one table."""
+
+import logging
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import dask.config
+import pyarrow as pa
+import shapely
+from dask.base import compute
+from dask.delayed import delayed
+
+import wsipipe
+from wsipipe.config import NucleiConfig
+from wsipipe.device import usable_cpus
+from wsipipe.errors import ConfigError, StoreError, WsipipeError
+from wsipipe.features import BlockQC, nuclei_of_block
+from wsipipe.folder import write_record
+from wsipipe.geometry import Box
+from wsipipe.progress import Progress
+from wsipipe.slide import Slide, open_slide
+from wsipipe.store import MapStore
+from wsipipe.table import NucleiMeta, NucleiSpool, read_nuclei
+
+log = logging.getLogger(__name__)
+
+BLOCKS_PER_WORKER = 4  # handed to Dask at once: bounds memory, and keeps workers busy
+ANSWER_S = 20  # a scheduler that is there answers within a second
+
+
+@dataclass(frozen=True, slots=True)
+class NucleiSummary:
+    """What the stage found; `seconds` is 0 where the table was there already."""
+
+    meta: NucleiMeta
+    seconds: float
+
+
+class Sources:
+    """The slide and the maps that blocks are read from; sent to another process, they are opened anew there."""
+
+    def __init__(self, slide: Slide, store: MapStore) -> None:
+        self.slide, self.store = slide, store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        given_mpp = self.slide.mpp_x0 if self.slide.mpp_source == "given" else None
+        return _open_sources, (self.slide.path, given_mpp, self.store.path, self.store.made_ns)
+
+
+@lru_cache(maxsize=2)
+def _open_sources(slide: str, mpp: float | None, maps: Path, made_ns: int) -> Sources:
+    """One a process, shared by its threads; `made_ns` tells stores apart that had the same path one after another."""
+    return Sources(open_slide(slide, mpp), MapStore.open(maps, unfinished=True))
+
+
+class NucleiRun:
+    """The nuclei of one map store, on their way into one table; blocks are its chunks.
+
+    Attributes
+    ----------
+    finished : NucleiMeta or None
+        Of a table with the same settings that is there already; then there is nothing to do.
+    """
+
+    def __init__(self, slide: Slide, maps: Path, out: Path, config: NucleiConfig, *, overwrite: bool = False) -> None:
+        self.started = time.monotonic()
+        self._slide, self._maps, self._out, self._config = slide, maps, out, config
+        self._store = store = MapStore.open(maps, unfinished=True)
+        if store.meta.fingerprint != slide.fingerprint:
+            raise StoreError(f"{maps} is of another slide than {slide.path}; choose another folder with --out")
+        spec = store.meta.spec
+        meta = NucleiMeta(
+            slide=slide.name,
+            fingerprint=slide.fingerprint,
+            width_px0=slide.width_px0,
+            height_px0=slide.height_px0,
+            bounds=slide.bounds,
+            grid=store.meta.grid,
+            class_names=spec.class_names,
+            class_colours=spec.class_colours,
+            model={
+                "name": spec.name,
+                "weights_sha256": store.meta.weights_sha256,
+                "source": spec.source,
+                "licence": spec.licence,
+                "precision": store.meta.precision,
+            },
+            config=config.model_dump(mode="json"),
+            versions={"wsipipe": wsipipe.__version__},
+        )
+        self.finished = None if overwrite else _existing(out, meta)
+        self._spool: NucleiSpool | None = None
+        if self.finished is None:
+            layout = {"chunk_px": store.meta.geometry.chunk_px, "halo_px": config.halo_px}
+            self._spool = NucleiSpool(out, meta, layout, overwrite=overwrite)
+            self._done = self._spool.done()
+
+    @property
+    def todo(self) -> list[int]:
+        """Blocks that are left, in order."""
+        return [] if self._spool is None else sorted(self._store.wanted.keys() - self._done)
+
+    def needs(self, index: int) -> set[int]:
+        """Chunks that a block reads, those without tissue left out."""
+        meta = self._store.meta
+        around = meta.chunk_box(index).grown(self._config.halo_px)
+        return set(meta.chunk_indices(around)) & self._store.wanted.keys()
+
+    def process(self, indices: Iterable[int]) -> None:
+        """Find the nuclei of blocks, all at once; the maps they need must be there."""
+        assert self._spool is not None
+        meta = self._store.meta
+        sources = delayed(Sources(self._slide, self._store), traverse=False)
+        tasks = [delayed(find_nuclei)(sources, index, meta.chunk_box(index), self._config) for index in indices]
+        for index, nuclei, qc in compute(*tasks):
+            self._spool.add(index, nuclei, asdict(qc))
+            self._done.add(index)
+
+    def finish(self) -> NucleiSummary:
+        """Write the table.
+
+        Raises
+        ------
+        StoreError
+            If a block is missing.
+        """
+        if self.finished is not None:
+            return NucleiSummary(self.finished, 0.0)
+        assert self._spool is not None
+        meta = self._spool.finish(self._store.wanted)
+        seconds = time.monotonic() - self.started
+        log.info("%s: %d nuclei", self._slide.name, meta.count)
+        if meta.qc.get("wide"):
+            log.warning(
+                "%d nuclei are wider than the halo of %d px lets blocks see whole; they may be cut or doubled: "
+                "make the nuclei again with a larger nuclei.halo_px", meta.qc["wide"], self._config.halo_px,
+            )  # fmt: skip
+        write_record(
+            self._out, maps=str(self._maps), config=meta.config, model=meta.model, nuclei=meta.counts, qc=meta.qc
+        )
+        return NucleiSummary(meta, seconds)
+
+
+def make_nuclei(
+    slide: Slide,
+    maps: Path,
+    out: Path,
+    config: NucleiConfig,
+    *,
+    scheduler: str = "threads",
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> NucleiSummary:
+    """Find all nuclei of the finished maps of a slide and write them to `out`, a GeoParquet table.
+
+    Blocks that an earlier run finished are kept; a finished table of the same settings is left as it is.
+
+    Parameters
+    ----------
+    scheduler : str
+        "threads", "processes", or the address of a `distributed` scheduler whose workers see the same files.
+    workers : int, optional
+        Threads or processes; by default the usable CPUs.
+
+    Raises
+    ------
+    WsipipeError
+        If the maps, the slide or an existing table do not allow it. Blocks that are finished stay.
+    """
+    MapStore.open(maps)  # complete, or a clear refusal
+    run = NucleiRun(slide, maps, out, config, overwrite=overwrite)
+    with (
+        scheduled(scheduler, workers) as parallel,
+        Progress(len(run.todo), "blocks", f"nuclei of {slide.name}", shown=progress) as bar,
+    ):
+        todo = iter(run.todo)
+        while some := list(islice(todo, parallel * BLOCKS_PER_WORKER)):
+            run.process(some)
+            bar.advance(len(some))
+    return run.finish()
+
+
+def find_nuclei(sources: Sources, index: int, core: Box, config: NucleiConfig) -> tuple[int, pa.RecordBatch, BlockQC]:
+    """The nuclei that a block owns; runs on any worker that sees the files."""
+    slide, store = sources.slide, sources.store
+    grid, read = store.meta.grid, core.grown(config.halo_px)
+    try:
+        nuclei, qc = nuclei_of_block(
+            store.read(read),
+            read,
+            core,
+            grid,
+            store.meta.spec.class_names,
+            store.meta.fingerprint,
+            slide.read(read, grid),
+            config,
+        )
+    except WsipipeError as error:
+        raise type(error)(f"block {index} (working px {core}): {error}") from error
+    region = store.meta.tissue_settings.get("region")
+    if region is not None:  # the mask holds tiles to it coarsely
+        inside = shapely.contains_xy(shapely.from_wkt(region), nuclei["x_px0"], nuclei["y_px0"])
+        nuclei = nuclei.filter(pa.array(inside))
+    return index, nuclei, qc
+
+
+@contextmanager
+def scheduled(scheduler: str, workers: int | None) -> Iterator[int]:
+    """Let Dask compute with a scheduler; yields how many blocks it works on at once."""
+    count = usable_cpus() if workers is None else workers
+    if count < 1:
+        raise ConfigError(f"{count} workers do nothing; give at least 1")
+    if scheduler == "threads":
+        with dask.config.set(scheduler="threads", num_workers=count):
+            yield count
+    elif scheduler == "processes":
+        # One pool for all blocks: Dask's own would start, and import everything, for every few of them.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, context) as pool, dask.config.set(scheduler="processes", pool=pool):
+            yield count
+    elif "://" in scheduler:
+        from distributed import Client
+
+        try:
+            client = Client(scheduler, timeout=ANSWER_S)
+        except OSError as error:
+            raise ConfigError(f"no Dask scheduler answers at {scheduler} ({error}); check the address") from error
+        with client:
+            yield max(1, sum(client.nthreads().values()))
+    else:
+        raise ConfigError(f"--scheduler {scheduler} is none of threads, processes, tcp://HOST:PORT")
+
+
+def _existing(out: Path, meta: NucleiMeta) -> NucleiMeta | None:
+    """What a finished table says of itself, if it was made as `meta` says; refuses one that was made otherwise."""
+    if not out.exists():
+        return None
+    there, _ = read_nuclei(out)
+    ours, theirs = meta.identity(), there.identity()
+    differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+    if differing:
+        said = "; ".join(f"{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}" for key in differing[:5])
+        raise StoreError(f"{out} was made with other settings: {said}; make it again with `wsipipe nuclei --overwrite`")
+    return there

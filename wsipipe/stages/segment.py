@@ -1,0 +1,184 @@
+"""All stages of one slide in one process: nuclei of finished regions are found while the network goes on."""
+
+import logging
+import queue
+import resource
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from wsipipe.config import Config
+from wsipipe.folder import ResultFolder, write_record
+from wsipipe.geojson import Form
+from wsipipe.model.spec import ModelSpec
+from wsipipe.slide import Slide
+from wsipipe.stages.export import make_export
+from wsipipe.stages.maps import MapsSummary, make_maps
+from wsipipe.stages.nuclei import BLOCKS_PER_WORKER, NucleiRun, NucleiSummary, scheduled
+from wsipipe.stages.tissue import make_tissue
+from wsipipe.table import NucleiMeta
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentSummary:
+    """What came out, and where the time went."""
+
+    folder: ResultFolder
+    geojson: tuple[Path, ...]
+    nuclei: NucleiMeta
+    tissue_mm2: float
+    maps: MapsSummary
+    seconds: dict[str, float]  # by stage; that of nuclei is what was left when the network was done
+    peak_mb: float
+
+
+def segment(
+    slide: Slide,
+    model: tuple[nn.Module, ModelSpec, str],
+    folder: ResultFolder,
+    config: Config,
+    *,
+    roi: Path | None = None,
+    everywhere: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int | None = None,
+    scheduler: str = "threads",
+    workers: int | None = None,
+    form: Form = "outlines",
+    overwrite: bool = False,
+    progress: bool = False,
+) -> SegmentSummary:
+    """From a slide to all its files in `folder`: the same bytes as the stages one after another.
+
+    Whatever an earlier run left is gone on with. Arguments are those of the stages.
+
+    Raises
+    ------
+    WsipipeError
+        If anything does not allow it; what is finished stays, and the same call goes on from there.
+    """
+    folder.prepare()
+    clock = _Clock()
+    tissue = make_tissue(slide, folder.tissue, config.tissue, roi=roi, everywhere=everywhere)
+    clock.lap("tissue")
+    with _NucleiBehind(slide, folder, config, scheduler, workers, overwrite) as behind:
+        maps = make_maps(
+            slide,
+            tissue,
+            model,
+            folder.maps,
+            config,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            progress=progress,
+            on_chunk=behind.chunk_is_there,
+        )
+        clock.lap("maps")
+        nuclei = behind.finish()
+    clock.lap("nuclei")
+    export = make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, form=form)
+    clock.lap("export")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+    summary = SegmentSummary(folder, export.files, nuclei.meta, tissue.area_mm2, maps, clock.laps, peak)
+    write_record(
+        folder.path / "segment",
+        slide=slide.path,
+        config=config.model_dump(mode="json"),
+        nuclei=nuclei.meta.counts,
+        qc=nuclei.meta.qc,
+        tissue_mm2=tissue.area_mm2,
+        seconds={stage: round(seconds, 3) for stage, seconds in clock.laps.items()},
+        peak_mb=round(peak),
+    )
+    return summary
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.laps[stage] = now - self._last
+        self._last = now
+
+
+class _NucleiBehind:
+    """A thread that finds the nuclei of every block as soon as the chunks it reads are there."""
+
+    def __init__(
+        self,
+        slide: Slide,
+        folder: ResultFolder,
+        config: Config,
+        scheduler: str,
+        workers: int | None,
+        overwrite: bool,
+    ) -> None:
+        self._arguments = (slide, folder.maps, folder.nuclei, config.nuclei)
+        self._overwrite, self._scheduler, self._workers = overwrite, scheduler, workers
+        self._chunks: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._run: NucleiRun | None = None
+
+    def __enter__(self) -> "_NucleiBehind":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stop()
+
+    def chunk_is_there(self, index: int) -> None:
+        """Tell of a chunk that was committed; raises what went wrong in the thread, so that the network stops."""
+        if self._error is not None:
+            raise self._error
+        if self._thread is None:
+            self._run = NucleiRun(*self._arguments, overwrite=self._overwrite)
+            self._thread = threading.Thread(target=self._work, args=(self._run,), name="nuclei", daemon=True)
+            self._thread.start()
+        self._chunks.put(index)
+
+    def finish(self) -> NucleiSummary:
+        """Wait for the blocks that are left, and write the table."""
+        self._stop()
+        if self._error is not None:
+            raise self._error
+        run = self._run or NucleiRun(*self._arguments, overwrite=self._overwrite)
+        with scheduled(self._scheduler, self._workers) as parallel:
+            _process(run, run.todo, parallel)
+        return run.finish()
+
+    def _stop(self) -> None:
+        self._chunks.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self, run: NucleiRun) -> None:
+        try:
+            with scheduled(self._scheduler, self._workers) as parallel:
+                there: set[int] = set()
+                waiting = {index: run.needs(index) for index in run.todo}
+                while (index := self._chunks.get()) is not None:
+                    there.add(index)
+                    ready = [block for block, needs in waiting.items() if needs <= there]
+                    _process(run, ready, parallel)
+                    for block in ready:
+                        del waiting[block]
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for this thread
+            self._error = error
+
+
+def _process(run: NucleiRun, blocks: list[int], parallel: int) -> None:
+    step = parallel * BLOCKS_PER_WORKER
+    for start in range(0, len(blocks), step):
+        run.process(blocks[start : start + step])

@@ -1,0 +1,89 @@
+"""Find the tissue of a slide and store its mask."""
+
+import json
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+from PIL import Image, PngImagePlugin
+
+from wsipipe.config import TissueConfig
+from wsipipe.errors import StoreError
+from wsipipe.folder import write_record
+from wsipipe.geometry import Grid
+from wsipipe.roi import read_roi
+from wsipipe.slide import Slide
+from wsipipe.store import finished
+from wsipipe.tissue import TissueMask, tissue_mask
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+
+
+def find_tissue(slide: Slide, config: TissueConfig, *, roi: Path | None = None, everywhere: bool = False) -> TissueMask:
+    """The tissue of a slide, read at low resolution.
+
+    Parameters
+    ----------
+    roi : Path, optional
+        A QuPath export of regions; only what lies in them counts. QuPath's origin is the corner of the slide's bounds.
+    everywhere : bool
+        All of the slide (or of the regions) counts as tissue.
+    """
+    grid = slide.grid(config.mpp)
+    mask = np.ones(grid.box.shape, bool) if everywhere else tissue_mask(slide.read(grid.box, grid), grid.mpp, config)
+    tissue = TissueMask(mask, grid)
+    if roi is None:
+        return tissue
+    return tissue.restricted(read_roi(roi, (slide.bounds.x0, slide.bounds.y0) if slide.bounds else (0, 0)))
+
+
+def make_tissue(
+    slide: Slide, out: Path, config: TissueConfig, *, roi: Path | None = None, everywhere: bool = False
+) -> TissueMask:
+    """Find the tissue and write its mask to `out`, a PNG that says where its pixels lie."""
+    started = time.monotonic()
+    tissue = find_tissue(slide, config, roi=roi, everywhere=everywhere)
+    about = {
+        "format": FORMAT_VERSION,
+        "fingerprint": slide.fingerprint,
+        "grid": asdict(tissue.grid),
+        "region": None if tissue.region is None else tissue.region.wkt,
+    }
+    text = PngImagePlugin.PngInfo()
+    text.add_text("wsipipe", json.dumps(about), zip=True)
+    with finished(out) as partial:
+        Image.fromarray(tissue.mask).save(partial, "PNG", pnginfo=text)
+    seconds = time.monotonic() - started
+    log.info("%s: %.2f mm² of tissue in %.1f s", slide.name, tissue.area_mm2, seconds)
+    write_record(out, slide=slide.path, config=config.model_dump(), mm2=tissue.area_mm2, seconds=round(seconds, 3))
+    return tissue
+
+
+def read_tissue(path: Path, slide: Slide) -> TissueMask:
+    """The mask that `make_tissue` wrote.
+
+    Raises
+    ------
+    StoreError
+        If the file is missing, not ours, or of another slide.
+    """
+    try:
+        with Image.open(path) as image:
+            about: dict[str, Any] = json.loads(getattr(image, "text", {})["wsipipe"])
+            mask = np.asarray(image.convert("L")) > 0
+        grid, region = Grid(**about["grid"]), about["region"]
+        if about["format"] != FORMAT_VERSION:
+            raise ValueError(f"it has format version {about['format']}, this wsipipe reads {FORMAT_VERSION}")
+        if about["fingerprint"] != slide.fingerprint:
+            raise StoreError(f"{path} is of another slide than {slide.path}; choose another folder with --out")
+        return TissueMask(mask, grid, None if region is None else shapely.from_wkt(region))
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} does not exist; make it with `wsipipe tissue`") from error
+    except (OSError, ValueError, TypeError, KeyError, shapely.errors.GEOSException) as error:
+        raise StoreError(f"{path} is no tissue mask of wsipipe ({error}); make it with `wsipipe tissue`") from error
