@@ -1,0 +1,205 @@
+"""The command line: what it says, its exit codes, and that faults leave nothing behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from wsipipe import cli
+
+
+def wsipipe(capfd, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command run in this process."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_they_were():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def one_sentence(err: str) -> bool:
+    said = [line for line in err.splitlines() if line.startswith("wsipipe: ")]
+    return len(said) == 1 and "Traceback" not in err
+
+
+def test_segment_says_what_it_found_and_how_to_open_it(tiny, oracle, tmp_path, capfd):
+    out = tmp_path / "out"
+    code, said, _ = wsipipe(capfd, "segment", tiny.path, "--model", oracle, "-o", out, "--device", "cpu")
+    assert code == 0
+    assert "12 nuclei in 0.02 mm² of tissue" in said
+    assert re.search(r"round +12 +100.0%", said)
+    assert "the bottleneck is the" in said
+    assert f"drag {out.name}" not in said
+    assert "drag nuclei.geojson.gz onto the image" in said
+    for name in ("overlay.png", "nuclei.parquet", "nuclei.geojson.gz"):
+        assert str(out / name) in said
+        assert (out / name).exists()
+
+
+def test_the_stages_follow_one_another_by_hand(tiny, oracle, tmp_path, capfd):
+    out = tmp_path / "out"
+    for arguments, says in [
+        (["tissue"], "mm² of tissue"),
+        (["maps", "--model", oracle, "--device", "cpu"], "tiles"),
+        (["nuclei"], "12 nuclei"),
+        (["export", "--form", "centroids"], "12 nuclei"),
+    ]:
+        code, said, err = wsipipe(capfd, arguments[0], tiny.path, "-o", out, *arguments[1:])
+        assert (code, says in said) == (0, True), err
+    assert (out / "overlay.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "remedy"), [("maps", "wsipipe tissue"), ("nuclei", "wsipipe maps"), ("export", "wsipipe tissue")]
+)
+def test_a_stage_without_the_one_before_it_names_it(stage, remedy, tiny, oracle, tmp_path, capfd):
+    model = ["--model", oracle] if stage == "maps" else []
+    code, _, err = wsipipe(capfd, stage, tiny.path, "-o", tmp_path / "out", *model)
+    assert code == 1
+    assert one_sentence(err)
+    assert remedy in err
+
+
+def test_info_tells_the_slide_and_what_would_be_done(tiny, oracle, capfd):
+    code, said, _ = wsipipe(capfd, "info", tiny.path, "--model", oracle)
+    assert code == 0
+    assert "1024 x 768 px" in said
+    assert "0.25 x 0.25 µm/px (vendor)" in said
+    assert re.search(r"would run: +\d+ tiles of 96 px", said)
+    assert "results/tiny" in said
+
+
+def test_models_are_listed(capfd):
+    code, said, _ = wsipipe(capfd, "models")
+    assert code == 0
+    assert re.search(r"cellvta-nano +ships, default", said)
+    assert "cellvta-uni" in said
+
+
+def _text_as_svs(folder: Path) -> Path:
+    path = folder / "text.svs"
+    path.write_text("not a slide")
+    return path
+
+
+def _empty(folder: Path) -> Path:
+    path = folder / "empty.svs"
+    path.touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: folder / "absent.svs", "no such file"),
+        (lambda folder: folder, "is a folder"),
+        (_empty, "is empty"),
+        (_text_as_svs, "text.svs"),
+    ],
+)
+def test_what_is_no_slide_is_refused_in_one_sentence(make, says, oracle, tmp_path, capfd):
+    code, _, err = wsipipe(capfd, "segment", make(tmp_path), "--model", oracle, "-o", tmp_path / "out")
+    assert code == 1
+    assert one_sentence(err)
+    assert says in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--model", "nobody"], 1, "'nobody' is neither a shipped model"),
+        (["--device", "toaster"], 1, "toaster"),
+        (["--mpp", "0"], 1, "--mpp 0"),
+        (["--mpp", "nan"], 1, "--mpp nan"),
+        (["--mpp", "thick"], 2, "--mpp"),
+        (["--no-such-option"], 2, "No such option"),
+        (["--roi", "absent.geojson"], 2, "does not exist"),
+        (["--batch-size", "0"], 2, "--batch-size"),
+        (["--out", "/proc/nowhere"], 1, "choose another folder with --out"),
+        (["--scheduler", "fibres"], 1, "--scheduler fibres"),
+    ],
+)
+def test_wrong_usage_and_wrong_values_are_told_apart(arguments, code, says, tiny, oracle, tmp_path, capfd):
+    given = ["segment", tiny.path, "--model", oracle, "--out", tmp_path / "out", *arguments]
+    got, _, err = wsipipe(capfd, *given)
+    assert (got, says in err) == (code, True), err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "nuclei.parquet").exists()
+
+
+def test_faults_of_a_settings_file_come_all_at_once(tiny, oracle, tmp_path, capfd):
+    config = tmp_path / "wsipipe.yaml"
+    config.write_text("nuclei: {halo_px: -1, colour: red}\nmaps: {tile_px: 100}\n")
+    code, _, err = wsipipe(capfd, "segment", tiny.path, "--model", oracle, "-o", tmp_path / "out", "--config", config)
+    assert code == 1
+    assert all(place in err for place in ("nuclei.halo_px", "nuclei.colour", "maps.tile_px"))
+
+
+def test_a_slide_without_mpp_is_refused_with_the_remedy(make_svs, tiny, oracle, tmp_path, capfd):
+    path = make_svs(tmp_path / "silent.svs", tiny.pixels, mpp=None)
+    arguments = ["segment", path, "--model", oracle, "-o", tmp_path / "out"]
+    code, _, err = wsipipe(capfd, *arguments)
+    assert code == 1
+    assert "pass --mpp, e.g. --mpp 0.25" in err
+    code, said, _ = wsipipe(capfd, *arguments, "--mpp", "0.25")
+    assert (code, "12 nuclei" in said) == (0, True)
+
+
+def test_a_full_disk_is_the_users_to_mend(tiny, oracle, tmp_path, capfd, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "nuclei.parquet")
+
+    monkeypatch.setattr("wsipipe.stages.segment.make_maps", full)
+    code, _, err = wsipipe(capfd, "segment", tiny.path, "--model", oracle, "-o", tmp_path / "out")
+    assert code == 1
+    assert "nuclei.parquet: no space left on device; run the same command again" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(number, code, tiny, oracle, tmp_path):
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import conftest; from wsipipe import cli;"
+        "from wsipipe.model import registry;"
+        "slow = type('Slow', (conftest.ColourOracle,), {'forward': lambda self, x: (time.sleep(0.2),"
+        " conftest.ColourOracle.forward(self, x))[1]});"
+        "registry.ARCHITECTURES['oracle'] = slow; cli.main()"
+    )
+    arguments = ["segment", str(tiny.path), "--model", str(oracle), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(Path(__file__).parent), *arguments], stderr=subprocess.PIPE, text=True
+    )
+    commits = tmp_path / "out" / "maps.zarr.partial" / "commits"
+    while process.poll() is None and not commits.exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "run the same command again to go on" in err
+    assert "Traceback" not in err
+
+
+def test_help_names_every_command(capfd):
+    code, said, _ = wsipipe(capfd, "--help")
+    assert code == 0
+    for command in ("segment", "tissue", "maps", "nuclei", "export", "info", "models", "demo", "train", "doctor"):
+        assert command in said
+
+
+def test_the_version_is_that_of_the_package(capfd):
+    from wsipipe import __version__
+
+    assert wsipipe(capfd, "--version")[:2] == (0, f"{__version__}\n")

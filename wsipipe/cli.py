@@ -1,0 +1,399 @@
+"""The command line: one command a stage. Parse, call the stage, say what came out.
+
+Nothing heavy is imported here: `wsipipe --help` must not wait for torch.
+"""
+
+import logging
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from wsipipe import __version__
+from wsipipe.errors import WsipipeError
+
+if TYPE_CHECKING:
+    from wsipipe.config import Config
+    from wsipipe.folder import ResultFolder
+    from wsipipe.slide import Slide
+    from wsipipe.stages.segment import SegmentSummary
+
+app = typer.Typer(
+    name="wsipipe",
+    help="Gigapixel pathology slides in, every nucleus out: outlined, typed and measured, ready to open in QuPath.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+GO_ON = "run the same command again to go on where it stopped"
+
+
+class Form(StrEnum):
+    """What stands for a nucleus in the GeoJSON."""
+
+    outlines = "outlines"
+    centroids = "centroids"
+    overview = "overview"
+
+
+SlidePath = Annotated[str, typer.Argument(metavar="SLIDE", help="slide file, picture, or URL of a TIFF")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="folder for the results  [default: results/<slide's name>]")
+]
+ConfigPath = Annotated[Path | None, typer.Option("--config", help="YAML file of settings")]
+Mpp = Annotated[float | None, typer.Option("--mpp", help="µm per pixel at full resolution; wins over the file's own")]
+Model = Annotated[str | None, typer.Option("--model", help="name of a shipped model, or path of a checkpoint")]
+Roi = Annotated[
+    Path | None, typer.Option("--roi", exists=True, dir_okay=False, help="GeoJSON of regions from QuPath: only there")
+]
+Everywhere = Annotated[bool, typer.Option("--no-tissue-mask", help="take all of the slide for tissue")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps")]
+Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16 or fp16")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="tiles at once; chosen by the device")]
+Scheduler = Annotated[str, typer.Option("--scheduler", help="Dask: threads, processes or tcp://HOST:PORT")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="of the scheduler; by default the usable CPUs")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="start afresh, whatever is there")]
+FormOption = Annotated[Form, typer.Option("--form", help="outlines, centroids, or one set of points a type")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="print the version and stop")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say more")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="warnings only")] = False,
+) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("wsipipe").setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
+@app.command()
+def segment(
+    slide: SlidePath,
+    out: Out = None,
+    config: ConfigPath = None,
+    mpp: Mpp = None,
+    model: Model = None,
+    roi: Roi = None,
+    no_tissue_mask: Everywhere = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    scheduler: Scheduler = "threads",
+    workers: Workers = None,
+    form: FormOption = Form.outlines,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find every nucleus of SLIDE: all stages, and all files that come of them."""
+    settings = _settings(config)
+    with _opened(slide, mpp) as opened:
+        from wsipipe.model.weights import DEFAULT_MODEL, load_model
+        from wsipipe.stages.segment import segment as run
+
+        summary = run(
+            opened,
+            load_model(model or DEFAULT_MODEL),
+            _folder(out, opened),
+            settings,
+            roi=roi,
+            everywhere=no_tissue_mask,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            scheduler=scheduler,
+            workers=workers,
+            form=form.value,
+            overwrite=overwrite,
+            progress=True,
+        )
+    _say(summary)
+
+
+@app.command()
+def tissue(
+    slide: SlidePath,
+    out: Out = None,
+    config: ConfigPath = None,
+    mpp: Mpp = None,
+    roi: Roi = None,
+    no_tissue_mask: Everywhere = False,
+) -> None:
+    """Find the tissue of SLIDE and write tissue.png."""
+    settings = _settings(config)
+    with _opened(slide, mpp) as opened:
+        from wsipipe.stages.tissue import make_tissue
+
+        folder = _folder(out, opened)
+        folder.prepare()
+        found = make_tissue(opened, folder.tissue, settings.tissue, roi=roi, everywhere=no_tissue_mask)
+    typer.echo(f"{found.area_mm2:.2f} mm² of tissue: {folder.tissue}")
+
+
+@app.command()
+def maps(
+    slide: SlidePath,
+    out: Out = None,
+    config: ConfigPath = None,
+    mpp: Mpp = None,
+    model: Model = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run the network over the tissue of SLIDE and write maps.zarr."""
+    settings = _settings(config)
+    with _opened(slide, mpp) as opened:
+        from wsipipe.model.weights import DEFAULT_MODEL, load_model
+        from wsipipe.stages.maps import make_maps
+        from wsipipe.stages.tissue import read_tissue
+
+        folder = _folder(out, opened)
+        folder.prepare()
+        summary = make_maps(
+            opened,
+            read_tissue(folder.tissue, opened),
+            load_model(model or DEFAULT_MODEL),
+            folder.maps,
+            settings,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            progress=True,
+        )
+    typer.echo(f"{summary.tiles} tiles: {folder.maps}")
+
+
+@app.command()
+def nuclei(
+    slide: SlidePath,
+    out: Out = None,
+    config: ConfigPath = None,
+    mpp: Mpp = None,
+    scheduler: Scheduler = "threads",
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the nuclei in the maps of SLIDE and write nuclei.parquet; needs no network, so settings can be tried."""
+    settings = _settings(config)
+    with _opened(slide, mpp) as opened:
+        from wsipipe.stages.nuclei import make_nuclei
+
+        folder = _folder(out, opened)
+        folder.prepare()
+        summary = make_nuclei(
+            opened,
+            folder.maps,
+            folder.nuclei,
+            settings.nuclei,
+            scheduler=scheduler,
+            workers=workers,
+            overwrite=overwrite,
+            progress=True,
+        )
+    typer.echo(f"{summary.meta.count} nuclei: {folder.nuclei}")
+
+
+@app.command()
+def export(
+    slide: SlidePath,
+    out: Out = None,
+    mpp: Mpp = None,
+    form: FormOption = Form.outlines,
+    no_crop: Annotated[
+        bool, typer.Option("--no-crop", help="do not subtract the slide's bounds: for QuPath's own --no-crop")
+    ] = False,
+    split: Annotated[int | None, typer.Option("--split", min=1, help="several files of so many nuclei")] = None,
+) -> None:
+    """Write nuclei.geojson.gz for QuPath and overlay.png from the nuclei of SLIDE."""
+    with _opened(slide, mpp) as opened:
+        from wsipipe.stages.export import make_export
+        from wsipipe.stages.tissue import read_tissue
+
+        folder = _folder(out, opened)
+        folder.prepare()
+        summary = make_export(
+            opened,
+            read_tissue(folder.tissue, opened),
+            folder.nuclei,
+            folder.geojson,
+            folder.overlay,
+            form=form.value,
+            crop_to_bounds=not no_crop,
+            split=split,
+        )
+    typer.echo(f"{summary.nuclei} nuclei: {', '.join(map(str, summary.files))}; picture: {folder.overlay}")
+
+
+@app.command()
+def info(slide: SlidePath, mpp: Mpp = None, model: Model = None, config: ConfigPath = None) -> None:
+    """Say what SLIDE tells of itself, and what wsipipe would do with it."""
+    settings = _settings(config)
+    with _opened(slide, mpp) as opened:
+        from wsipipe.model.weights import DEFAULT_MODEL, find_checkpoint, read_spec
+        from wsipipe.stages.tissue import find_tissue
+        from wsipipe.tiles import TileGeometry, chunk_grid
+
+        spec = read_spec(find_checkpoint(model or DEFAULT_MODEL))
+        grid, found = opened.grid(spec.mpp), find_tissue(opened, settings.tissue)
+        geometry = TileGeometry(
+            settings.maps.tile_px or spec.tile_px,
+            spec.halo_px if settings.maps.halo_px is None else settings.maps.halo_px,
+            settings.maps.chunk_tiles,
+        )
+        chunks = [len(tiles) for _, tiles in chunk_grid(grid.box, geometry, lambda core: found.meets(core, grid))]
+        bounds = opened.bounds
+        rows = {
+            "slide": opened.path,
+            "format": f"{opened.vendor or 'unknown vendor'}, read by {opened.reader}",
+            "size": f"{opened.width_px0} x {opened.height_px0} px "
+            f"({opened.width_px0 * opened.mpp_x0 / 1000:.2f} x {opened.height_px0 * opened.mpp_y0 / 1000:.2f} mm)",
+            "resolution": f"{opened.mpp_x0:.4g} x {opened.mpp_y0:.4g} µm/px ({opened.mpp_source})",
+            "levels": ", ".join(f"{width} x {height}" for width, height, _ in opened.levels),
+            "bounds": "none" if bounds is None else f"x {bounds.x0} to {bounds.x1}, y {bounds.y0} to {bounds.y1}",
+            "fingerprint": opened.fingerprint,
+            "tissue": f"{found.area_mm2:.2f} mm²",
+            "model": f"{spec.name}: {', '.join(spec.class_names[1:])}",
+            "would work at": f"{grid.mpp:.4g} µm/px, {grid.width} x {grid.height} px",
+            "would run": f"{sum(chunks)} tiles of {geometry.tile_px} px in {len(chunks)} chunks",
+            "would write to": str(_folder(None, opened).path),
+        }
+    for name, value in rows.items():
+        typer.echo(f"{name + ':':16}{value}")
+
+
+@app.command()
+def models() -> None:
+    """List the models: those whose weights ship, and those that need a checkpoint."""
+    from wsipipe.model.registry import SPECS
+    from wsipipe.model.weights import DEFAULT_MODEL, read_spec, shipped_models
+
+    shipped = shipped_models()
+    for name in [*shipped, *(name for name in SPECS if name not in shipped)]:
+        spec = read_spec(shipped[name]) if name in shipped else SPECS[name]
+        state = "ships, default" if name == DEFAULT_MODEL and name in shipped else "ships" if name in shipped else "-"
+        types = ", ".join(spec.class_names[1:])
+        typer.echo(f"{name:16}{state:16}{spec.mpp} µm/px, tiles of {spec.tile_px} px: {types} ({spec.licence})")
+    typer.echo("'-': train it, or pass --model with the path of a checkpoint")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the slide and its results")] = Path("demo"),
+) -> None:
+    """Make a small slide of real tissue, without a network, and segment it."""
+    from wsipipe.demo import make_demo_slide
+
+    path = out / "demo.svs"
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        make_demo_slide(path)
+    segment(str(path), out=out / "results")
+
+
+@app.command()
+def train(
+    experiment: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file of an experiment")],
+    run: Annotated[Path, typer.Argument(help="folder of the run; an interrupted one goes on")],
+) -> None:
+    """Train a network as EXPERIMENT says; RUN/best.safetensors can be given to --model."""
+    from wsipipe.training.loop import load_experiment
+    from wsipipe.training.loop import train as start
+
+    typer.echo(f"best weights: {start(load_experiment(experiment), run)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: versions, devices, codecs, weights."""
+    from wsipipe.doctor import examine
+
+    checks = examine()
+    for check in checks:
+        typer.echo(f"{check.verdict:6}{check.name + ':':16}{check.text}")
+    if any(check.verdict == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+def _settings(path: Path | None) -> "Config":
+    from wsipipe.config import load_config
+
+    return load_config(path)
+
+
+def _opened(path: str, mpp: float | None) -> "Slide":
+    from wsipipe.slide import open_slide
+
+    return open_slide(path, mpp)
+
+
+def _folder(out: Path | None, slide: "Slide") -> "ResultFolder":
+    from wsipipe.folder import ResultFolder
+
+    return ResultFolder(Path("results") / slide.name if out is None else out)
+
+
+def _say(summary: "SegmentSummary") -> None:
+    """The closing lines: what was found, what it took, where it is, how to look at it."""
+    meta, maps, folder = summary.nuclei, summary.maps, summary.folder
+    total, area = sum(summary.seconds.values()), summary.tissue_mm2
+    density = f", {meta.count / area:,.0f} per mm²" if area else ""
+    typer.echo(f"\n{meta.count:,} nuclei in {area:.2f} mm² of tissue{density}")
+    for name, count in meta.counts.items():
+        typer.echo(f"  {name:20}{count:>10,}{count / max(1, meta.count):>8.1%}")
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary.seconds.items())
+    typer.echo(
+        f"{total:.1f} s ({stages}); {maps.megapixels_per_s:.2f} MP/s on {maps.device} in {maps.precision}, "
+        f"the bottleneck is the {maps.bottleneck}; at most {summary.peak_mb:,.0f} MB of memory"
+    )
+    geojson = summary.geojson[0]
+    typer.echo(f"picture  {folder.overlay}\ntable    {folder.nuclei}\nQuPath   {geojson}")
+    typer.echo(f"In QuPath: open the slide, then drag {geojson.name} onto the image.")
+
+
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM, as something that unwinds and that nobody on the way takes for an error."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Stopped(number)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point: user errors in one line and exit code 1, wrong usage 2, interrupted 130, terminated 143."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app(args=arguments)
+    except WsipipeError as error:
+        _fail(str(error), 1)
+    except OSError as error:  # a disk that fills, a folder that goes away: the user's to mend
+        if error.strerror is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror.lower()}; {GO_ON}", 1)
+    except _Stopped as stop:
+        _fail(f"stopped by {signal.Signals(stop.number).name}; {GO_ON}", 128 + stop.number)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"wsipipe: {message}", err=True)
+    sys.exit(code)
