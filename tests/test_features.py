@@ -148,6 +148,17 @@ def test_what_was_read_beyond_the_slide_is_not_looked_at() -> None:
     assert qc == qc_inside
 
 
+def test_the_published_way_has_whole_nuclei_too() -> None:
+    maps = maps_of(crowd((300, 300), 28, 9), noise=0.3)
+    maps.nuclei[::19, ::17] = 0  # holes, which that way leaves open
+    grid, config = grid_of(maps.nuclei), NucleiConfig(hv_scale="tile")
+    batch, qc = nuclei_of_block(maps, grid.box, grid.box, grid, TYPES, "f00d", None, config)
+    polygons = shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False))
+    assert qc.nuclei == batch.num_rows > 50
+    assert qc.invalid == 0
+    np.testing.assert_allclose(shapely.area(polygons), batch["area_um2"].to_numpy() * 16, rtol=0.1)
+
+
 def test_a_block_without_nuclei_is_an_empty_table() -> None:
     nothing = Maps(np.zeros((64, 64), np.uint8), np.zeros((2, 64, 64), np.int8), np.zeros((4, 64, 64), np.uint8))
     box = Box(0, 0, 64, 64)
@@ -361,6 +372,18 @@ def test_types_are_the_published_ones(case: str) -> None:
         if len(regionprops((labels == i).astype(int))) == 1 and columns["area_um2"][0] * 16 == (labels == i).sum():
             assert columns["type_probability"][0] == pytest.approx(share, abs=1e-6)
     assert len(centre) == len(ids)
+
+
+def test_names_must_fit_the_types(shapes: npt.NDArray[np.int32]) -> None:
+    with pytest.raises(ValueError, match="3 names do not fit 4 channels"):
+        described(shapes, class_names=TYPES[:3])
+
+
+def test_arrays_must_lie_on_their_box(shapes: npt.NDArray[np.int32]) -> None:
+    with pytest.raises(ValueError, match="do not lie on a box"):
+        described(shapes, read=Box(0, 0, 500, 400))
+    with pytest.raises(ValueError, match="do not lie on a box"):
+        described(shapes, rgb=np.zeros((10, 500, 3), np.uint8))
 
 
 # -- which and what -----------------------------------------------------------------------------------------------

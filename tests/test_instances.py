@@ -3,8 +3,10 @@
 import csv
 import heapq
 from pathlib import Path
+from typing import Any
 
 import cv2
+import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -14,6 +16,7 @@ from made_maps import crowd, draw_ellipses, maps_of
 from scipy import ndimage
 from skimage.segmentation import watershed
 
+from wsipipe.compiled import compiled
 from wsipipe.config import NucleiConfig
 from wsipipe.instances import label_nuclei, label_tile, reach_px
 from wsipipe.maps import Maps
@@ -244,6 +247,18 @@ def test_the_flood_is_the_watershed_of_scikit_image_where_no_two_markers_tie() -
         expected = watershed(height, markers, mask=mask > 0)
         flood(height, mask, markers)
         np.testing.assert_array_equal(markers, expected)
+
+
+def test_without_a_folder_for_machine_code_kernels_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = numba.njit
+
+    def sealed(**settings: Any) -> Any:
+        if settings.get("cache"):
+            raise RuntimeError("no locator available")
+        return real(**settings)
+
+    monkeypatch.setattr(numba, "njit", sealed)
+    assert compiled(lambda a: a + 1)(2) == 3
 
 
 def test_one_marker_less_changes_nothing_but_its_own_nucleus() -> None:

@@ -5,6 +5,8 @@ from typing import Any, TypeVar, cast
 
 import numba
 
+# Division by zero gives what it gives in numpy, without a test before each; nothing here divides by zero.
+_SETTINGS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
@@ -15,6 +17,6 @@ def compiled(kernel: Kernel) -> Kernel:
     Arithmetic is not reordered (no fastmath): the same pixels give the same bits in every array.
     """
     try:
-        return cast(Kernel, numba.njit(cache=True, nogil=True)(kernel))
+        return cast(Kernel, numba.njit(cache=True, **_SETTINGS)(kernel))
     except RuntimeError:  # numba found no folder for its cache
-        return cast(Kernel, numba.njit(nogil=True)(kernel))
+        return cast(Kernel, numba.njit(**_SETTINGS)(kernel))

@@ -139,6 +139,12 @@ def describe_nuclei(
         Columns of `NUCLEI_SCHEMA`, sorted by the centroid's y, then x. See Notes.
     BlockQC
 
+    Raises
+    ------
+    ValueError
+        If an array is not of the size of `read`, or the names are not one for each channel of NC (where it has two
+        or more).
+
     Notes
     -----
     id : UUIDv5 of the fingerprint and the centroid in tenths of a level-0 px.
@@ -153,6 +159,11 @@ def describe_nuclei(
     pixels. Six times the value of `skimage.color.separate_stains`, which takes logarithms to the base 1e-6.
     geometry : the outline along pixel edges, simplified, at level 0, rounded to 0.1 px.
     """
+    shapes = {labels.shape, maps.nuclei.shape, maps.types.shape[1:], labels.shape if rgb is None else rgb.shape[:2]}
+    if shapes != {read.shape}:
+        raise ValueError(f"arrays of {sorted(shapes)} px do not lie on a box of {read.shape}")
+    if 1 < maps.types.shape[0] != len(class_names):
+        raise ValueError(f"{len(class_names)} names do not fit {maps.types.shape[0]} channels of types")
     box = core.within(read)
     while True:
         sums = measure(labels, maps)
@@ -197,7 +208,7 @@ def describe_nuclei(
         "perimeter_um": perimeter,
         "major_axis_um": major,
         "minor_axis_um": minor,
-        "eccentricity": np.sqrt(1 - (minor / major) ** 2),
+        "eccentricity": np.sqrt(1 - np.divide(minor, major, out=np.ones_like(major), where=major > 0) ** 2),
         "solidity": shapely.area(polygons) / hull,
         "circularity": np.minimum(1, 4 * np.pi * area / perimeter**2),
     }
@@ -264,7 +275,7 @@ def _too_wide(boxes: npt.NDArray[np.int32], read: Box, grid: Grid, config: Nucle
 
 def _identities(fingerprint: str, place_px0: npt.NDArray[np.float64]) -> list[str]:
     """UUIDv5 of each place within the slide: as `uuid.uuid5` makes them, at a quarter of its time."""
-    slide = hashlib.sha1(uuid.uuid5(uuid.NAMESPACE_OID, fingerprint).bytes)
+    slide = hashlib.sha1(uuid.uuid5(uuid.NAMESPACE_OID, fingerprint).bytes, usedforsecurity=False)
     ids = []
     for x, y in np.round(place_px0 * 10).astype(np.int64).tolist():
         name = slide.copy()

@@ -65,8 +65,8 @@ def _measure(
                 stop += 1
             if i > 0:
                 if count[i] == 0:
-                    first[i] = y, start
-                    boxes[i] = start, y, stop, y + 1
+                    first[i, 0], first[i, 1] = y, start
+                    boxes[i, 0], boxes[i, 1], boxes[i, 2] = start, y, stop
                 count[i] += stop - start
                 boxes[i, 0], boxes[i, 2] = min(boxes[i, 0], start), max(boxes[i, 2], stop)
                 boxes[i, 3] = y + 1

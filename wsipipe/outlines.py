@@ -85,7 +85,7 @@ def _trace(
         size, area = 0, 0
         while size == 0 or x != x_first or y != y_first:
             if size + 3 > len(ring):
-                ring = np.concatenate((ring, np.empty_like(ring)))
+                ring = _longer(ring)
             if simplify_px > 0:  # the middle of the first edge, and of the last edge below
                 ring[size, 0], ring[size, 1] = 2 * x + dx, 2 * y + dy
             else:
@@ -112,23 +112,32 @@ def _trace(
                 dx, dy = -dy, dx
         area_px[i] = area
         if simplify_px > 0:
-            ring[size] = ring[0]
-            size = _simplify(ring[: size + 1], 2 * simplify_px)
-        if used + size > len(points):
-            points = np.concatenate((points, np.empty((len(points) + size, 2), np.int32)))
-        points[used : used + size] = ring[:size]
-        used += size
+            ring[size, 0], ring[size, 1] = ring[0, 0], ring[0, 1]
+            size = _simplify(ring, size, 2 * simplify_px)
+        while used + size > len(points):
+            points = _longer(points)
+        for k in range(size):
+            points[used, 0], points[used, 1] = ring[k, 0], ring[k, 1]
+            used += 1
         ends[i] = used
     return points[:used], ends, area_px, tangled
 
 
 @compiled
-def _simplify(ring: Ints, farthest: float) -> int:
-    """Douglas-Peucker in place on a ring that ends where it begins; the number of points left, the last not counted.
+def _longer(points: Ints) -> Ints:
+    """The points with room for as many more."""
+    more = np.empty((2 * len(points), 2), np.int32)
+    for i in range(len(points)):
+        more[i, 0], more[i, 1] = points[i, 0], points[i, 1]
+    return more
+
+
+@compiled
+def _simplify(ring: Ints, size: int, farthest: float) -> int:
+    """Douglas-Peucker in place on a ring of `size` points, the first repeated after them; the number of points left.
 
     It is cut in two at the point farthest from the first. A ring so thin that nothing else would be left stays whole.
     """
-    size = len(ring) - 1
     keep, stack = np.zeros(size, np.bool_), np.empty((size + 2, 2), np.int32)
     far, most = 0, 0
     for i in range(1, size):
@@ -159,12 +168,15 @@ def _simplify(ring: Ints, farthest: float) -> int:
             keep[at] = True
             stack[depth, 0], stack[depth, 1], stack[depth + 1, 0], stack[depth + 1, 1] = a, at, at, b
             depth += 2
-    if keep.sum() < 3:
+    kept = 0
+    for i in range(size):
+        kept += keep[i]
+    if kept < 3:
         return size
     kept = 0
     for i in range(size):
         if keep[i]:
-            ring[kept] = ring[i]
+            ring[kept, 0], ring[kept, 1] = ring[i, 0], ring[i, 1]
             kept += 1
     return kept
 

@@ -51,6 +51,21 @@ def _add_differences(total: Floats, a: Floats, b: Floats, weight: np.float32) ->
 
 
 @compiled
+def _weigh(total: Floats, a: Floats, weight: np.float32) -> None:
+    for x in range(total.size):
+        total[x] = weight * a[x]
+
+
+@compiled
+def _any(mask: npt.NDArray[np.uint8], y0: int, y1: int, x0: int, x1: int) -> bool:
+    for y in range(y0, y1):
+        for x in range(x0, x1):
+            if mask[y, x]:
+                return True
+    return False
+
+
+@compiled
 def _slopes(
     offsets: npt.NDArray[np.int8],
     mask: npt.NDArray[np.uint8],
@@ -63,7 +78,7 @@ def _slopes(
     """Write the level of every pixel of `mask` to `out`; `offsets` reach further by the kernel on each side."""
     height, width = mask.shape
     reach = smoothing.size - 1
-    h, v = np.empty(_COLUMNS + 2 * reach, np.float32), np.empty(_COLUMNS + 2 * reach, np.float32)
+    h, v = np.zeros(_COLUMNS + 2 * reach, np.float32), np.zeros(_COLUMNS + 2 * reach, np.float32)
     h_slope = np.empty((_ROWS + 2 * reach, _COLUMNS), np.float32)
     v_smooth = np.empty((_ROWS + 2 * reach, _COLUMNS), np.float32)
     h_row, v_row = np.empty(_COLUMNS, np.float32), np.empty(_COLUMNS, np.float32)
@@ -71,19 +86,19 @@ def _slopes(
         rows = min(_ROWS, height - y0)
         for x0 in range(0, width, _COLUMNS):
             n = min(_COLUMNS, width - x0)
-            if not mask[y0 : y0 + rows, x0 : x0 + n].any():
+            if not _any(mask, y0, y0 + rows, x0, x0 + n):
                 continue
             for y in range(rows + 2 * reach):
-                h[: n + 2 * reach] = offsets[0, y0 + y, x0 : x0 + n + 2 * reach]
-                v[: n + 2 * reach] = offsets[1, y0 + y, x0 : x0 + n + 2 * reach]
-                h_slope[y, :n] = 0
-                v_smooth[y, :n] = smoothing[0] * v[reach : reach + n]
+                for x in range(n + 2 * reach):
+                    h[x], v[x] = offsets[0, y0 + y, x0 + x], offsets[1, y0 + y, x0 + x]
+                _weigh(h_slope[y], h, slope[0])
+                _weigh(v_smooth[y], v[reach:], smoothing[0])
                 for k in range(1, reach + 1):
-                    _add_differences(h_slope[y, :n], h[reach + k :], h[reach - k :], slope[k])
-                    _add_sums(v_smooth[y, :n], v[reach + k :], v[reach - k :], smoothing[k])
+                    _add_differences(h_slope[y], h[reach + k :], h[reach - k :], slope[k])
+                    _add_sums(v_smooth[y], v[reach + k :], v[reach - k :], smoothing[k])
             for y in range(rows):
-                h_row[:] = smoothing[0] * h_slope[y + reach]
-                v_row[:] = 0
+                _weigh(h_row, h_slope[y + reach], smoothing[0])
+                _weigh(v_row, v_smooth[y + reach], slope[0])
                 for k in range(1, reach + 1):
                     _add_sums(h_row, h_slope[y + reach + k], h_slope[y + reach - k], smoothing[k])
                     _add_differences(v_row, v_smooth[y + reach + k], v_smooth[y + reach - k], slope[k])

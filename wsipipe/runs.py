@@ -94,7 +94,8 @@ def fill_small_holes(mask: Mask, widest: int) -> None:
                 and top[r] > 0
                 and bottom[r] < height - 1
             ):
-                mask[y, start[i] : stop[i]] = 1
+                for x in range(start[i], stop[i]):
+                    mask[y, x] = 1
 
 
 @compiled
@@ -109,5 +110,6 @@ def label_regions(mask: Mask, labels: Ints) -> int:
             if root[i] == i:
                 n += 1
                 number[i] = n
-            labels[y, start[i] : stop[i]] = number[root[i]]
+            for x in range(start[i], stop[i]):
+                labels[y, x] = number[root[i]]
     return n

@@ -25,7 +25,8 @@ def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: np
     Meyer 1991. Pixels of one level are taken in the order in which they were reached, markers in raster
     order: the same rule as `skimage.segmentation.watershed` without compactness. A pixel's label thus
     depends on nothing but the pixels on the ways from the markers to it, never on its place in the array.
-    Regions of the mask do not touch, so each is flooded on its own: what is at work stays in the cache.
+    Regions of the mask do not touch, so each is flooded on its own, which keeps what is at work in the cache, and one
+    with a single label is filled with it.
     """
     height, width = labels.shape
     rows, start, stop = find_runs(mask, 1)
@@ -46,6 +47,21 @@ def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: np
     for region in range(start.size):
         if root[region] != region:
             continue
+        fewest, most = labels.size, 0  # the least and the greatest label in the region
+        i = region
+        while i >= 0:
+            for p in range(row[i] * width + start[i], row[i] * width + stop[i]):
+                if label[p] > 0:
+                    fewest, most = min(fewest, label[p]), max(most, label[p])
+            i = next_run[i]
+        if fewest >= most:  # none, or one without a rival
+            i = region
+            while i >= 0:
+                for p in range(row[i] * width + start[i], row[i] * width + stop[i]):
+                    label[p] = most
+                i = next_run[i]
+            continue
+
         lowest, highest = 256, -1
         i = region
         while i >= 0:
@@ -53,7 +69,7 @@ def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: np
                 if label[p] == 0:
                     continue
                 for step in neighbours:
-                    if wanted[p + step] and label[p + step] == 0:
+                    if label[p + step] == 0 and wanted[p + step]:
                         k = level[p]
                         if first[k] < 0:
                             first[k] = p
@@ -73,7 +89,7 @@ def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: np
             first[k] = following[p]
             for step in neighbours:
                 q = p + step
-                if wanted[q] and label[q] == 0:
+                if label[q] == 0 and wanted[q]:
                     label[q] = label[p]
                     j = level[q]
                     if first[j] < 0:
