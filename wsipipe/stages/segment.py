@@ -97,6 +97,8 @@ def segment(
         qc=nuclei.meta.qc,
         tissue_mm2=tissue.area_mm2,
         seconds={stage: round(seconds, 3) for stage, seconds in clock.laps.items()},
+        seconds_network=round(maps.seconds_network, 3),
+        megapixels=round(maps.megapixels, 3),
         peak_mb=round(peak),
     )
     return summary

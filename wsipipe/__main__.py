@@ -1,0 +1,5 @@
+"""`python -m wsipipe` is `wsipipe`."""
+
+from wsipipe.cli import main
+
+main()
