@@ -57,8 +57,9 @@ def make_slide(noise: float = 0.1, seed: int = 0) -> MadeSlide:
 
     def blurred(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         rough = ndimage.gaussian_filter(rng.standard_normal((PERIOD, PERIOD), np.float32), 2, mode="wrap")
-        smooth: npt.NDArray[np.float32] = ndimage.gaussian_filter(values.astype(np.float32), 1)[inside]
-        return smooth + np.float32(7 * noise) * rough
+        smooth = ndimage.gaussian_filter(values.astype(np.float32), 1)[inside]
+        said: npt.NDArray[np.float32] = smooth + np.float32(7 * noise) * rough
+        return said
 
     nuclei = np.round(255 * np.clip(blurred(labels > 0), 0, 1)).astype(np.uint8)
     offsets = [np.round(127 * np.clip(blurred(offset), -1, 1)).astype(np.int8) for offset in hv_map(labels)]

@@ -12,7 +12,7 @@ from skimage.segmentation import watershed
 from wsipipe.config import NucleiConfig
 from wsipipe.maps import Maps
 from wsipipe.ridges import flatness, kernel_reach_px
-from wsipipe.runs import fill_small_holes, label_regions
+from wsipipe.runs import fill_small_holes, label_regions, without_frame
 from wsipipe.watershed import flood
 
 # What opening with it leaves has at least its 17 px: the removal of markers below 10 px, and of specks below
@@ -67,7 +67,7 @@ def label_nuclei(maps: Maps, mpp: float, config: NucleiConfig) -> npt.NDArray[np
     labels = np.zeros(mask.shape, np.int32)
     label_regions(markers, labels)
     flood(255 - np.asarray(cv2.GaussianBlur(flat, (3, 3), 0), np.uint8), mask, labels)
-    return labels[1:-1, 1:-1].copy()
+    return without_frame(labels)
 
 
 def reach_px(mpp: float, config: NucleiConfig) -> int:

@@ -16,15 +16,12 @@ Ints = npt.NDArray[np.int32]
 def find_runs(mask: Mask, value: int) -> tuple[Ints, Ints, Ints]:
     """Runs of `value`: index of each row's first run (H + 1,), then first and past-the-last column of each run."""
     height, width = mask.shape
-    changes = 0
-    for y in range(height):
-        changes += 2
-        for x in range(1, width):
-            changes += mask[y, x] != mask[y, x - 1]
     rows = np.zeros(height + 1, np.int32)
-    start, stop = np.empty(changes // 2 + 1, np.int32), np.empty(changes // 2 + 1, np.int32)
+    start, stop = np.empty(width + height, np.int32), np.empty(width + height, np.int32)
     n = 0
     for y in range(height):
+        if n + width > start.size:  # more than a row can hold
+            start, stop = _longer(start, width), _longer(stop, width)
         inside = False
         for x in range(width):
             if (mask[y, x] == value) != inside:
@@ -39,6 +36,14 @@ def find_runs(mask: Mask, value: int) -> tuple[Ints, Ints, Ints]:
             n += 1
         rows[y + 1] = n
     return rows, start[:n], stop[:n]
+
+
+@compiled
+def _longer(values: Ints, room: int) -> Ints:
+    more = np.empty(2 * values.size + room, np.int32)
+    for i in range(values.size):
+        more[i] = values[i]
+    return more
 
 
 @compiled
@@ -113,3 +118,14 @@ def label_regions(mask: Mask, labels: Ints) -> int:
             for x in range(start[i], stop[i]):
                 labels[y, x] = number[root[i]]
     return n
+
+
+@compiled
+def without_frame(labels: Ints) -> Ints:
+    """All but the outermost rows and columns, moved together in the same memory: large arrays are slow to come by."""
+    height, width = labels.shape[0] - 2, labels.shape[1] - 2
+    flat = labels.ravel()
+    for y in range(height):
+        for x in range(width):
+            flat[y * width + x] = labels[y + 1, x + 1]
+    return flat[: height * width].reshape((height, width))

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsipipe.compiled import compiled
-from wsipipe.runs import find_runs, join_runs
+from wsipipe.runs import Ints, find_runs, join_runs
 
 
 @compiled
@@ -33,21 +33,26 @@ def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: np
     root = join_runs(rows, start, stop)
     row = np.empty(start.size, np.int32)
     next_run, last_run = np.full(start.size, -1, np.int32), np.empty(start.size, np.int32)
+    area = np.zeros(start.size, np.int32)  # of a region, at its first run
     for y in range(height):
         for i in range(rows[y], rows[y + 1]):
             row[i] = y
             if root[i] != i:
                 next_run[last_run[root[i]]] = i
             last_run[root[i]] = i
+            area[root[i]] += stop[i] - start[i]
+    largest = 0
+    for i in range(start.size):
+        largest = max(largest, area[i])
 
     level, wanted, label = levels.ravel(), mask.ravel(), labels.ravel()
-    following = np.empty(label.size, np.int32)
-    first, last = np.full(256, -1, np.int32), np.empty(256, np.int32)
     neighbours = (-width, -1, 1, width)
+    pixel, following = np.empty(largest, np.int32), np.empty(largest, np.int32)  # the queues, as linked lists
+    first, last = np.full(256, -1, np.int32), np.empty(256, np.int32)  # of each level
     for region in range(start.size):
         if root[region] != region:
             continue
-        fewest, most = labels.size, 0  # the least and the greatest label in the region
+        fewest, most = label.size, 0  # the least and the greatest label in the region
         i = region
         while i >= 0:
             for p in range(row[i] * width + start[i], row[i] * width + stop[i]):
@@ -62,7 +67,7 @@ def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: np
                 i = next_run[i]
             continue
 
-        lowest, highest = 256, -1
+        queued, lowest, highest = 0, 256, -1
         i = region
         while i >= 0:
             for p in range(row[i] * width + start[i], row[i] * width + stop[i]):
@@ -71,31 +76,34 @@ def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: np
                 for step in neighbours:
                     if label[p + step] == 0 and wanted[p + step]:
                         k = level[p]
-                        if first[k] < 0:
-                            first[k] = p
-                        else:
-                            following[last[k]] = p
-                        last[k] = p
-                        following[p] = -1
+                        _queue(p, k, queued, pixel, following, first, last)
+                        queued += 1
                         lowest, highest = min(lowest, k), max(highest, k)
                         break
             i = next_run[i]
         k = lowest
         while k <= highest:
-            p = first[k]
-            if p < 0:
+            if first[k] < 0:
                 k += 1
                 continue
-            first[k] = following[p]
+            p = pixel[first[k]]
+            first[k] = following[first[k]]
             for step in neighbours:
                 q = p + step
                 if label[q] == 0 and wanted[q]:
                     label[q] = label[p]
                     j = level[q]
-                    if first[j] < 0:
-                        first[j] = q
-                    else:
-                        following[last[j]] = q
-                    last[j] = q
-                    following[q] = -1
+                    _queue(q, j, queued, pixel, following, first, last)
+                    queued += 1
                     k, highest = min(k, j), max(highest, j)
+
+
+@compiled
+def _queue(p: int, k: int, place: int, pixel: Ints, following: Ints, first: Ints, last: Ints) -> None:
+    """Put pixel `p` at the end of the queue of level `k`."""
+    pixel[place], following[place] = p, -1
+    if first[k] < 0:
+        first[k] = place
+    else:
+        following[last[k]] = place
+    last[k] = place
