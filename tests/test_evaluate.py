@@ -21,7 +21,7 @@ def apart(tmp_path):
     instances = np.zeros((4, 96, 96), np.int32)
     for number, (x, y) in enumerate([(x, y) for y in (16, 48, 80) for x in (16, 48, 80)], 1):
         for mask in instances:
-            cv2.circle(mask, (x, y), 5 + number % 4, number, -1)
+            cv2.circle(mask, (x, y), 7 + number % 4, number, -1)
     np.save(folder / "instances.npy", instances.astype(np.uint16))
     np.save(folder / "images.npy", np.where(instances[..., None] > 0, (95, 60, 140), (225, 160, 195)).astype(np.uint8))
     return folder
