@@ -81,7 +81,7 @@ def _stains() -> Plane:
     from skimage.color import rgb_from_hed
     from skimage.data import immunohistochemistry
 
-    picture = np.maximum(immunohistochemistry(), 1.0)  # type: ignore[no-untyped-call]
+    picture = np.maximum(immunohistochemistry(), 1.0)
     density = np.maximum(np.log10(245.0 / picture), 0)  # 245: its glass
     blue, _, brown = rgb_from_hed / np.linalg.norm(rgb_from_hed, axis=1, keepdims=True)
     amounts = np.maximum(density @ np.linalg.pinv(np.stack([blue, brown])), 0)

@@ -113,7 +113,7 @@ def label_tile(nucleus: npt.NDArray[np.bool_], offsets: npt.NDArray[np.float32],
     depth = -cv2.GaussianBlur((1 - border) * mask, (3, 3), 0)
     markers = ndimage.binary_fill_holes(mask - (border >= 0.4) > 0).astype(np.uint8)
     markers = _without_specks(cv2.morphologyEx(markers, cv2.MORPH_OPEN, OPENING), smallest_marker)
-    labels: npt.NDArray[np.int32] = watershed(depth, markers, mask=mask > 0).astype(np.int32)  # type: ignore[no-untyped-call]
+    labels: npt.NDArray[np.int32] = watershed(depth, markers, mask=mask > 0).astype(np.int32)
     return labels
 
 

@@ -104,7 +104,7 @@ def tissue_mask(rgb: npt.NDArray[np.uint8], pixel_um: float, config: TissueConfi
     sigma = SMOOTHING_UM / pixel_um
     smooth = ndimage.gaussian_filter(rgb.astype(np.float32), (sigma, sigma, 0), mode="nearest", truncate=3)
     chroma = smooth.max(axis=2) - smooth.min(axis=2)
-    threshold = float(np.clip(threshold_otsu(chroma) if np.ptp(chroma) else 0, *CHROMA_RANGE))  # type: ignore[no-untyped-call]
+    threshold = float(np.clip(threshold_otsu(chroma) if np.ptp(chroma) else 0, *CHROMA_RANGE))
     tissue = chroma > threshold
 
     ink = _pieces_from(_ink(smooth), INK_AREA_UM2 / pixel_um**2)
