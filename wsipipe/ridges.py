@@ -10,6 +10,7 @@ import numpy.typing as npt
 from wsipipe.compiled import compiled
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
 _SMOOTHING_SUM = 256
 _SLOPE_SUM = 500  # of magnitudes; with 127 for a full offset every sum stays below 2**24
@@ -57,7 +58,7 @@ def _weigh(total: Floats, a: Floats, weight: np.float32) -> None:
 
 
 @compiled
-def _any(mask: npt.NDArray[np.uint8], y0: int, y1: int, x0: int, x1: int) -> bool:
+def _any(mask: Bytes, y0: int, y1: int, x0: int, x1: int) -> bool:
     for y in range(y0, y1):
         for x in range(x0, x1):
             if mask[y, x]:
@@ -68,12 +69,12 @@ def _any(mask: npt.NDArray[np.uint8], y0: int, y1: int, x0: int, x1: int) -> boo
 @compiled
 def _slopes(
     offsets: npt.NDArray[np.int8],
-    mask: npt.NDArray[np.uint8],
+    mask: Bytes,
     smoothing: Floats,
     slope: Floats,
     lowest: np.float32,
     gain: np.float32,
-    out: npt.NDArray[np.uint8],
+    out: Bytes,
 ) -> None:
     """Write the level of every pixel of `mask` to `out`; `offsets` reach further by the kernel on each side."""
     height, width = mask.shape
@@ -89,8 +90,8 @@ def _slopes(
             if not _any(mask, y0, y0 + rows, x0, x0 + n):
                 continue
             for y in range(rows + 2 * reach):
-                for x in range(n + 2 * reach):
-                    h[x], v[x] = offsets[0, y0 + y, x0 + x], offsets[1, y0 + y, x0 + x]
+                _widen(h[: n + 2 * reach], offsets[0, y0 + y, x0:])
+                _widen(v[: n + 2 * reach], offsets[1, y0 + y, x0:])
                 _weigh(h_slope[y], h, slope[0])
                 _weigh(v_smooth[y], v[reach:], smoothing[0])
                 for k in range(1, reach + 1):
@@ -102,20 +103,31 @@ def _slopes(
                 for k in range(1, reach + 1):
                     _add_sums(h_row, h_slope[y + reach + k], h_slope[y + reach - k], smoothing[k])
                     _add_differences(v_row, v_smooth[y + reach + k], v_smooth[y + reach - k], slope[k])
-                for x in range(n):
-                    level = (min(h_row[x], v_row[x]) - lowest) * gain + np.float32(0.5)
-                    level = min(max(level, np.float32(0)), np.float32(255))
-                    out[y0 + y, x0 + x] = np.uint8(level) * mask[y0 + y, x0 + x]
+                _as_levels(out[y0 + y, x0 : x0 + n], mask[y0 + y, x0:], h_row, v_row, lowest, gain)
+
+
+@compiled
+def _widen(wide: Floats, values: npt.NDArray[np.int8]) -> None:
+    for x in range(wide.size):
+        wide[x] = values[x]
+
+
+@compiled
+def _as_levels(levels: Bytes, mask: Bytes, a: Floats, b: Floats, lowest: np.float32, gain: np.float32) -> None:
+    for x in range(levels.size):
+        level = (min(a[x], b[x]) - lowest) * gain + np.float32(0.5)
+        level = min(max(level, np.float32(0)), np.float32(255))
+        levels[x] = np.uint8(level) * mask[x]
 
 
 def flatness(
     offsets: npt.NDArray[np.int8],
-    mask: npt.NDArray[np.uint8],
+    mask: Bytes,
     mpp: float,
     kernel_um: float,
     lowest: float,
     highest: float,
-) -> npt.NDArray[np.uint8]:
+) -> Bytes:
     """How little the HV map falls at each pixel of `mask`: low on the border of two nuclei, high within one.
 
     Parameters

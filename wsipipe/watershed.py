@@ -6,9 +6,11 @@ import numpy.typing as npt
 from wsipipe.compiled import compiled
 from wsipipe.runs import Ints, find_runs, join_runs
 
+Bytes = npt.NDArray[np.uint8]
+
 
 @compiled
-def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> None:
+def flood(levels: Bytes, mask: Bytes, labels: Ints) -> None:
     """Let the labels above 0 grow, in place, over the pixels of `mask`, lowest level first.
 
     Parameters
@@ -18,7 +20,7 @@ def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: np
     mask : (H, W) uint8
         1 where labels may grow; 0 in the outermost rows and columns.
     labels : (H, W) int32
-        Markers above 0, all within `mask`; 0 elsewhere.
+        Markers above 0, all within `mask`, those of two labels nowhere side by side; 0 elsewhere.
 
     Notes
     -----
@@ -45,65 +47,78 @@ def flood(levels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], labels: np
     for i in range(start.size):
         largest = max(largest, area[i])
 
-    level, wanted, label = levels.ravel(), mask.ravel(), labels.ravel()
+    level, label = levels.ravel(), labels.ravel()
+    dry, shore = np.empty(label.size, np.uint8), np.zeros(label.size, np.uint8)
+    _find_dry(dry, mask.ravel(), label)  # to be flooded
+    inner = label.size - width
+    _find_shore(
+        shore[width:inner], label[width:inner],
+        dry[: inner - width], dry[width - 1 : inner - 1], dry[width + 1 : inner + 1], dry[2 * width :],
+    )  # fmt: skip
     neighbours = (-width, -1, 1, width)
-    pixel, following = np.empty(largest, np.int32), np.empty(largest, np.int32)  # the queues, as linked lists
-    first, last = np.full(256, -1, np.int32), np.empty(256, np.int32)  # of each level
+    # A queue a level, as a linked list of places in `pixel`: from its own place behind all others, where it begins, to
+    # its last. What lies up to `taken` has left it.
+    pixel, following = np.empty(largest, np.int32), np.empty(largest + 256, np.int32)
+    taken, last = np.empty(256, np.int32), np.empty(256, np.int32)
     for region in range(start.size):
         if root[region] != region:
             continue
+        queued = 0
         fewest, most = label.size, 0  # the least and the greatest label in the region
         i = region
         while i >= 0:
             for p in range(row[i] * width + start[i], row[i] * width + stop[i]):
-                if label[p] > 0:
+                if shore[p]:
+                    pixel[queued] = p
+                    queued += 1
                     fewest, most = min(fewest, label[p]), max(most, label[p])
             i = next_run[i]
-        if fewest >= most:  # none, or one without a rival
+        if fewest >= most:  # one without a rival, or none at all
             i = region
-            while i >= 0:
+            while queued and i >= 0:
                 for p in range(row[i] * width + start[i], row[i] * width + stop[i]):
                     label[p] = most
                 i = next_run[i]
             continue
 
-        queued, lowest, highest = 0, 256, -1
-        i = region
-        while i >= 0:
-            for p in range(row[i] * width + start[i], row[i] * width + stop[i]):
-                if label[p] == 0:
-                    continue
-                for step in neighbours:
-                    if label[p + step] == 0 and wanted[p + step]:
-                        k = level[p]
-                        _queue(p, k, queued, pixel, following, first, last)
-                        queued += 1
-                        lowest, highest = min(lowest, k), max(highest, k)
-                        break
-            i = next_run[i]
+        for k in range(256):
+            taken[k] = last[k] = largest + k
+            following[largest + k] = -1
+        lowest, highest = 256, -1
+        for place in range(queued):
+            k = level[pixel[place]]
+            following[last[k]], following[place] = place, -1
+            last[k] = place
+            lowest, highest = min(lowest, k), max(highest, k)
         k = lowest
         while k <= highest:
-            if first[k] < 0:
+            place = following[taken[k]]
+            if place < 0:
                 k += 1
                 continue
-            p = pixel[first[k]]
-            first[k] = following[first[k]]
+            taken[k] = place
+            p = pixel[place]
             for step in neighbours:
                 q = p + step
-                if label[q] == 0 and wanted[q]:
+                if dry[q]:
+                    dry[q] = 0
                     label[q] = label[p]
                     j = level[q]
-                    _queue(q, j, queued, pixel, following, first, last)
+                    pixel[queued] = q
+                    following[last[j]], following[queued] = queued, -1
+                    last[j] = queued
                     queued += 1
                     k, highest = min(k, j), max(highest, j)
 
 
 @compiled
-def _queue(p: int, k: int, place: int, pixel: Ints, following: Ints, first: Ints, last: Ints) -> None:
-    """Put pixel `p` at the end of the queue of level `k`."""
-    pixel[place], following[place] = p, -1
-    if first[k] < 0:
-        first[k] = place
-    else:
-        following[last[k]] = place
-    last[k] = place
+def _find_dry(dry: Bytes, mask: Bytes, label: Ints) -> None:
+    for p in range(dry.size):
+        dry[p] = mask[p] & (label[p] == 0)
+
+
+@compiled
+def _find_shore(shore: Bytes, label: Ints, above: Bytes, left: Bytes, right: Bytes, below: Bytes) -> None:
+    """1 on the pixels of markers that have something to flood beside them."""
+    for p in range(shore.size):
+        shore[p] = (above[p] | left[p] | right[p] | below[p]) & (label[p] > 0)
