@@ -112,6 +112,14 @@ def test_other_settings_are_refused_with_both_values_and_the_remedy(tiny, oracle
     assert summary.meta.count < 12
 
 
+def test_a_refused_run_changes_nothing(tiny, oracle, tmp_path):
+    run(tiny.path, tmp_path / "out", oracle)
+    before = results(tmp_path / "out")
+    with pytest.raises(StoreError, match="tissue_mask"):
+        run(tiny.path, tmp_path / "out", oracle, everywhere=True)
+    assert results(tmp_path / "out") == before
+
+
 def test_maps_of_another_slide_are_refused(tiny, oracle, make_svs, tmp_path):
     run(tiny.path, tmp_path / "out", oracle)
     other = make_svs(tmp_path / "tiny.svs", tiny.pixels[:512])

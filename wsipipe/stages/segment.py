@@ -19,7 +19,7 @@ from wsipipe.slide import Slide
 from wsipipe.stages.export import make_export
 from wsipipe.stages.maps import MapsSummary, make_maps
 from wsipipe.stages.nuclei import BLOCKS_PER_WORKER, NucleiRun, NucleiSummary, scheduled
-from wsipipe.stages.tissue import make_tissue
+from wsipipe.stages.tissue import find_tissue, write_tissue
 from wsipipe.table import NucleiMeta
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ def segment(
     """
     folder.prepare()
     clock = _Clock()
-    tissue = make_tissue(slide, folder.tissue, config.tissue, roi=roi, everywhere=everywhere)
+    tissue = find_tissue(slide, config.tissue, roi=roi, everywhere=everywhere)
+    log.info("%s: %.2f mm² of tissue", slide.name, tissue.area_mm2)
     clock.lap("tissue")
     with _NucleiBehind(slide, folder, config, scheduler, workers, overwrite) as behind:
         maps = make_maps(
@@ -83,6 +84,8 @@ def segment(
             on_chunk=behind.chunk_is_there,
         )
         clock.lap("maps")
+        # Not before: maps of other tissue are refused above, and then nothing may have changed.
+        write_tissue(tissue, folder.tissue, slide, config.tissue)
         nuclei = behind.finish()
     clock.lap("nuclei")
     export = make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, form=form)

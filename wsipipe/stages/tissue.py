@@ -46,9 +46,16 @@ def find_tissue(slide: Slide, config: TissueConfig, *, roi: Path | None = None, 
 def make_tissue(
     slide: Slide, out: Path, config: TissueConfig, *, roi: Path | None = None, everywhere: bool = False
 ) -> TissueMask:
-    """Find the tissue and write its mask to `out`, a PNG that says where its pixels lie."""
+    """Find the tissue and write its mask to `out`."""
     started = time.monotonic()
     tissue = find_tissue(slide, config, roi=roi, everywhere=everywhere)
+    write_tissue(tissue, out, slide, config)
+    log.info("%s: %.2f mm² of tissue in %.1f s", slide.name, tissue.area_mm2, time.monotonic() - started)
+    return tissue
+
+
+def write_tissue(tissue: TissueMask, out: Path, slide: Slide, config: TissueConfig) -> None:
+    """Store a mask as a PNG that says where its pixels lie; one that is there is replaced."""
     about = {
         "format": FORMAT_VERSION,
         "fingerprint": slide.fingerprint,
@@ -59,10 +66,7 @@ def make_tissue(
     text.add_text("wsipipe", json.dumps(about), zip=True)
     with finished(out) as partial:
         Image.fromarray(tissue.mask).save(partial, "PNG", pnginfo=text)
-    seconds = time.monotonic() - started
-    log.info("%s: %.2f mm² of tissue in %.1f s", slide.name, tissue.area_mm2, seconds)
-    write_record(out, slide=slide.path, config=config.model_dump(), mm2=tissue.area_mm2, seconds=round(seconds, 3))
-    return tissue
+    write_record(out, slide=slide.path, config=config.model_dump(), mm2=tissue.area_mm2)
 
 
 def read_tissue(path: Path, slide: Slide) -> TissueMask:
