@@ -6,6 +6,7 @@ Nothing heavy is imported here: `wsipipe --help` must not wait for torch.
 import logging
 import signal
 import sys
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,8 @@ from wsipipe import __version__
 from wsipipe.errors import WsipipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from wsipipe.config import Config
     from wsipipe.folder import ResultFolder
     from wsipipe.slide import Slide
@@ -133,11 +136,9 @@ def tissue(
 ) -> None:
     """Find the tissue of SLIDE and write tissue.png."""
     settings = _settings(config)
-    with _opened(slide, mpp) as opened:
+    with _opened(slide, mpp) as opened, _claimed(out, opened, "tissue") as folder:
         from wsipipe.stages.tissue import make_tissue
 
-        folder = _folder(out, opened)
-        folder.prepare()
         found = make_tissue(opened, folder.tissue, settings.tissue, roi=roi, everywhere=no_tissue_mask)
     typer.echo(f"{found.area_mm2:.2f} mm² of tissue: {folder.tissue}")
 
@@ -156,13 +157,11 @@ def maps(
 ) -> None:
     """Run the network over the tissue of SLIDE and write maps.zarr."""
     settings = _settings(config)
-    with _opened(slide, mpp) as opened:
+    with _opened(slide, mpp) as opened, _claimed(out, opened) as folder:
         from wsipipe.model.weights import DEFAULT_MODEL, load_model
         from wsipipe.stages.maps import make_maps
         from wsipipe.stages.tissue import read_tissue
 
-        folder = _folder(out, opened)
-        folder.prepare()
         summary = make_maps(
             opened,
             read_tissue(folder.tissue, opened),
@@ -190,11 +189,9 @@ def nuclei(
 ) -> None:
     """Find the nuclei in the maps of SLIDE and write nuclei.parquet; needs no network, so settings can be tried."""
     settings = _settings(config)
-    with _opened(slide, mpp) as opened:
+    with _opened(slide, mpp) as opened, _claimed(out, opened, "nuclei") as folder:
         from wsipipe.stages.nuclei import make_nuclei
 
-        folder = _folder(out, opened)
-        folder.prepare()
         summary = make_nuclei(
             opened,
             folder.maps,
@@ -220,12 +217,10 @@ def export(
     split: Annotated[int | None, typer.Option("--split", min=1, help="several files of so many nuclei")] = None,
 ) -> None:
     """Write nuclei.geojson.gz for QuPath and overlay.png from the nuclei of SLIDE."""
-    with _opened(slide, mpp) as opened:
+    with _opened(slide, mpp) as opened, _claimed(out, opened, "geojson") as folder:
         from wsipipe.stages.export import make_export
         from wsipipe.stages.tissue import read_tissue
 
-        folder = _folder(out, opened)
-        folder.prepare()
         summary = make_export(
             opened,
             read_tissue(folder.tissue, opened),
@@ -345,6 +340,13 @@ def _folder(out: Path | None, slide: "Slide") -> "ResultFolder":
     from wsipipe.folder import ResultFolder
 
     return ResultFolder(Path("results") / slide.name if out is None else out)
+
+
+@contextmanager
+def _claimed(out: Path | None, slide: "Slide", *outputs: str) -> "Iterator[ResultFolder]":
+    folder = _folder(out, slide)
+    with folder.claimed(slide, *(getattr(folder, output) for output in outputs)):
+        yield folder
 
 
 def _say(summary: "SegmentSummary") -> None:

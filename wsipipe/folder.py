@@ -4,13 +4,19 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wsipipe
 from wsipipe.errors import StoreError
+from wsipipe.lock import Lock
 from wsipipe.store import finished
+
+if TYPE_CHECKING:
+    from wsipipe.slide import Slide
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,41 @@ class ResultFolder:
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise StoreError(f"{self.path} cannot be written to: {reason}; choose another folder with --out") from error
+
+    @contextmanager
+    def claimed(self, slide: "Slide", *outputs: Path) -> Iterator[None]:
+        """Hold the folder for one slide, and `outputs` in it against other processes, while the block runs.
+
+        The first to come writes `slide.json`, which says whose results these are.
+
+        Raises
+        ------
+        StoreError
+            If the folder cannot be written to or is of another slide, or if another process writes an output.
+        """
+        self.prepare()
+        with ExitStack() as held:
+            for output in outputs:
+                held.callback(Lock(output).release)
+            self._belongs_to(slide)
+            yield
+
+    def _belongs_to(self, slide: "Slide") -> None:
+        record = self.path / "slide.json"
+        if not record.exists():
+            with finished(record) as partial:
+                about = {"path": slide.path, "fingerprint": slide.fingerprint}
+                partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        try:
+            about = json.loads(record.read_bytes())
+            path, fingerprint = str(about["path"]), str(about["fingerprint"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise StoreError(f"{record} is damaged; remove it if {self.path} is of {slide.path}") from error
+        if fingerprint != slide.fingerprint:
+            raise StoreError(
+                f"{self.path} holds results of another slide, {path}; choose another folder with --out, "
+                "or remove this one"
+            )
 
 
 def write_record(output: Path, **values: Any) -> None:

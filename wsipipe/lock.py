@@ -36,7 +36,11 @@ class Lock:
         self._file.close()
 
     def _took(self, path: Path) -> bool:
-        self._file: TextIO = self._place.open("a+")
+        try:  # a link that somebody left here must not have us write elsewhere
+            handle = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise StoreError(f"{self._place} cannot be opened: {(error.strerror or 'error').lower()}") from error
+        self._file: TextIO = os.fdopen(handle, "a+", encoding="utf-8", errors="replace")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

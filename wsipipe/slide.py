@@ -29,7 +29,7 @@ class Slide:
     path : str
         As it was given.
     name : str
-        File name without its endings.
+        File name without its endings, such that it can name a folder and stand in one line.
     width_px0, height_px0 : int
         Size at level 0.
     mpp_x0, mpp_y0 : float
@@ -51,7 +51,7 @@ class Slide:
     def __init__(self, path: str, reader: Reader, mpp: float | None) -> None:
         self._reader = reader
         self.path = path
-        self.name = re.sub(r"(\.ome)?\.[^.]+$", "", Path(path).name, flags=re.IGNORECASE)
+        self.name = _name(path)
         self.width_px0, self.height_px0 = reader.sizes[0]
         self.reader, self.vendor, self.properties = reader.name, reader.vendor, reader.properties
         self.levels = [(width, height, _downsample(reader.sizes[0], (width, height))) for width, height in reader.sizes]
@@ -151,6 +151,12 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     except BaseException:
         reader.close()
         raise
+
+
+def _name(path: str) -> str:
+    stem = re.sub(r"(\.ome)?\.[^.]+$", "", Path(path).name, flags=re.IGNORECASE)
+    plain = "".join(c if c.isprintable() else "_" for c in stem)  # no line breaks, no bytes that are no text
+    return plain if plain.strip(". ") else "slide"  # "..svs" and "...svs" would name this folder and the one above
 
 
 def _downsample(size0: tuple[int, int], size: tuple[int, int]) -> float:

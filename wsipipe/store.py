@@ -38,6 +38,7 @@ def finished(path: Path) -> Iterator[Path]:
     """Yield `<path>.partial` to write a file to; it takes the name `path` only if the block succeeds."""
     partial = _partial(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)  # left by a kill; or a link, which would lead the writer elsewhere
     try:
         yield partial
         _to_disk(partial)

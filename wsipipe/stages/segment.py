@@ -64,32 +64,32 @@ def segment(
     WsipipeError
         If anything does not allow it; what is finished stays, and the same call goes on from there.
     """
-    folder.prepare()
-    clock = _Clock()
-    tissue = find_tissue(slide, config.tissue, roi=roi, everywhere=everywhere)
-    log.info("%s: %.2f mm² of tissue", slide.name, tissue.area_mm2)
-    clock.lap("tissue")
-    with _NucleiBehind(slide, folder, config, scheduler, workers, overwrite) as behind:
-        maps = make_maps(
-            slide,
-            tissue,
-            model,
-            folder.maps,
-            config,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-            overwrite=overwrite,
-            progress=progress,
-            on_chunk=behind.chunk_is_there,
-        )
-        clock.lap("maps")
-        # Not before: maps of other tissue are refused above, and then nothing may have changed.
-        write_tissue(tissue, folder.tissue, slide, config.tissue)
-        nuclei = behind.finish()
-    clock.lap("nuclei")
-    export = make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, form=form)
-    clock.lap("export")
+    with folder.claimed(slide, folder.tissue, folder.nuclei, folder.geojson):
+        clock = _Clock()
+        tissue = find_tissue(slide, config.tissue, roi=roi, everywhere=everywhere)
+        log.info("%s: %.2f mm² of tissue", slide.name, tissue.area_mm2)
+        clock.lap("tissue")
+        with _NucleiBehind(slide, folder, config, scheduler, workers, overwrite) as behind:
+            maps = make_maps(
+                slide,
+                tissue,
+                model,
+                folder.maps,
+                config,
+                device=device,
+                precision=precision,
+                batch_size=batch_size,
+                overwrite=overwrite,
+                progress=progress,
+                on_chunk=behind.chunk_is_there,
+            )
+            clock.lap("maps")
+            # Not before: maps of other tissue are refused above, and then nothing may have changed.
+            write_tissue(tissue, folder.tissue, slide, config.tissue)
+            nuclei = behind.finish()
+        clock.lap("nuclei")
+        export = make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, form=form)
+        clock.lap("export")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     summary = SegmentSummary(folder, export.files, nuclei.meta, tissue.area_mm2, maps, clock.laps, peak)
     write_record(
