@@ -9,7 +9,7 @@ import shapely
 
 from wsipipe.features import NUCLEI_SCHEMA
 from wsipipe.geometry import Box, Grid
-from wsipipe.table import NucleiMeta
+from wsipipe.table import TABLE_SCHEMA, NucleiMeta
 
 CLASSES = ("background", "neoplastic", "inflammatory", "connective")
 COLOURS = ((255, 255, 255), (220, 40, 40), (30, 160, 60), (40, 90, 220))
@@ -57,3 +57,11 @@ def made_nuclei(centres: npt.ArrayLike, seed: int = 0, radius_px0: float = 12) -
         [pa.array(values.get(f.name, rng.uniform(0, 1, n).astype(np.float32)), f.type) for f in NUCLEI_SCHEMA],
         schema=NUCLEI_SCHEMA,
     )
+
+
+def with_surroundings(nuclei: pa.RecordBatch) -> pa.RecordBatch:
+    """The nuclei as a table holds them, as if each were alone."""
+    columns = {"neighbors_50um": pa.array([0] * nuclei.num_rows, pa.int32())}
+    columns |= {"nearest_um": pa.nulls(nuclei.num_rows, pa.float32())}
+    columns |= {name: nuclei[name] for name in nuclei.schema.names}
+    return pa.record_batch([columns[name] for name in TABLE_SCHEMA.names], schema=TABLE_SCHEMA)

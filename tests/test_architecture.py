@@ -12,7 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "wsipipe"
 PURE = (
-    "geometry", "tissue", "tiles", "maps", "instances", "outlines", "features", "metrics", "training.targets",
+    "geometry", "tissue", "tiles", "maps", "instances", "outlines", "features", "neighbours", "metrics",
+    "training.targets",
 )  # fmt: skip
 SHELL = ("slide", "store", "stages")
 FOREIGN = ("zarr", "torch")

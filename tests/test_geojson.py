@@ -16,13 +16,13 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_nuclei import CLASSES, COLOURS, made_meta, made_nuclei
+from made_nuclei import CLASSES, COLOURS, made_meta, made_nuclei, with_surroundings
 
 from wsipipe import geojson
 from wsipipe.errors import ConfigError
 from wsipipe.geojson import MEASUREMENTS, encode_features, write_geojson
 from wsipipe.geometry import Box
-from wsipipe.table import NucleiSpool
+from wsipipe.table import NucleiSpool, read_nuclei
 
 CHECKER = Path(__file__).parents[2] / "shared" / "qupath" / "check_geojson.py"
 
@@ -88,11 +88,12 @@ def check(feature: dict) -> None:
 def test_every_nucleus_is_written_by_the_rules_of_qupath(tmp_path, form, ending):
     nuclei = made_nuclei(scattered(200))
     path = tmp_path / f"nuclei{ending}"
-    summary = write_geojson(made_table(tmp_path, nuclei), path, form=form)
+    table = made_table(tmp_path, nuclei)
+    summary = write_geojson(table, path, form=form)
     assert (summary.files, summary.nuclei, summary.dropped) == ((path,), 200, 0)
     features = {feature["id"]: feature for feature in loaded(path)["features"]}
     assert len(features) == 200
-    for row in nuclei.to_pylist():
+    for row in pa.Table.from_batches(read_nuclei(table)[1]).to_pylist():
         feature = features[row["id"]]
         check(feature)
         properties = feature["properties"]
@@ -130,7 +131,7 @@ def test_whatever_the_outlines_and_values_what_is_written_is_good_and_what_is_no
     nuclei = made_nuclei([[i, i] for i in range(len(rings))])
     nuclei = changed(nuclei, geometry=list(shapely.to_wkb([shapely.Polygon(ring) for ring in rings])))
     nuclei = changed(nuclei, circularity=[value] * len(rings))
-    text, kept = encode_features(nuclei, made_meta(), "outlines", offset)
+    text, kept = encode_features(with_surroundings(nuclei), made_meta(), "outlines", offset)
     features = json.loads(b"[" + text + b"]")
     assert len(features) == kept
     expected = [shapely.Polygon(np.round(ring, 1)) for ring in rings]

@@ -13,12 +13,14 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_nuclei import CLASSES, made_meta, made_nuclei
+from scipy.spatial import cKDTree, distance
 
 from wsipipe import table as table_module
 from wsipipe.errors import StoreError
 from wsipipe.features import NUCLEI_SCHEMA
 from wsipipe.geometry import Box
-from wsipipe.table import NucleiMeta, NucleiSpool, read_nuclei
+from wsipipe.neighbours import Neighbourhood
+from wsipipe.table import TABLE_SCHEMA, NucleiMeta, NucleiSpool, read_nuclei
 
 EMPTY = made_nuclei([])
 
@@ -39,7 +41,7 @@ def test_every_nucleus_comes_back_with_its_columns(tmp_path):
     batch = made_nuclei(scattered(300))
     meta, batches = read_nuclei(written(tmp_path / "nuclei.parquet", batch.slice(0, 120), EMPTY, batch.slice(120)))
     found = pa.Table.from_batches(batches).sort_by("id")
-    assert found.equals(pa.Table.from_batches([batch]).sort_by("id"))
+    assert found.select(NUCLEI_SCHEMA.names).equals(pa.Table.from_batches([batch]).sort_by("id"))
     assert meta.count == 300
     assert meta.counts == {name: batch["type"].to_pylist().count(name) for name in CLASSES[1:]}
     assert replace(meta, counts={}) == made_meta()
@@ -157,13 +159,13 @@ def test_a_missing_torn_or_foreign_file_is_refused_with_the_remedy(tmp_path):
     foreign = tmp_path / "foreign.parquet"
     pq.write_table(pa.table({"a": [1]}), foreign)
     newer = tmp_path / "newer.parquet"
-    text = made_meta().to_json().replace('"version": 1', '"version": 2')
-    pq.write_table(NUCLEI_SCHEMA.empty_table().replace_schema_metadata({"wsipipe": text}), newer)
+    text = made_meta().to_json().replace('"version": 2', '"version": 3')
+    pq.write_table(TABLE_SCHEMA.empty_table().replace_schema_metadata({"wsipipe": text}), newer)
     for path, why in {
         tmp_path / "none.parquet": "does not exist",
         torn: "cannot be read as Parquet",
         foreign: "not a table of nuclei",
-        newer: "version 2; this wsipipe reads 1",
+        newer: "version 3; this wsipipe reads 2",
     }.items():
         with pytest.raises(StoreError, match=f"{why}.*wsipipe nuclei"):
             read_nuclei(path)
@@ -198,3 +200,60 @@ def test_memory_does_not_grow_with_the_number_of_nuclei(tmp_path, monkeypatch):
         return max(held) - before
 
     assert peak(40) < 1.5 * peak(8)
+
+
+# -- surroundings -------------------------------------------------------------------------------------------------
+
+
+def surroundings(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centres in µm, neighbours and distances of a table; NaN where there is no other nucleus."""
+    nuclei = pa.Table.from_batches(read_nuclei(path)[1], TABLE_SCHEMA)
+    places = np.stack([nuclei["x_um"].to_numpy(), nuclei["y_um"].to_numpy()], axis=1)
+    return places, nuclei["neighbors_50um"].to_numpy(), nuclei["nearest_um"].to_numpy()
+
+
+def clustered(n: int, seed: int) -> np.ndarray:
+    """Crowds, pairs and nuclei a long way from any other, on and off the lines between rows of squares, in px0."""
+    rng = np.random.default_rng(seed)
+    crowds = rng.uniform(0, (40_000, 30_000), (4, 2))
+    crowds[:, 1] = np.round(crowds[:, 1] / table_module.SQUARE_PX0) * table_module.SQUARE_PX0
+    near = crowds[rng.integers(0, 4, n)] + rng.normal(0, 300, (n, 2))
+    far = rng.uniform(0, (40_000, 30_000), (n // 10 + 1, 2))
+    return np.clip(np.concatenate([near, far]), 0, (40_000, 30_000)).round(1)
+
+
+@pytest.mark.parametrize("n", [1, 5, 2000])
+def test_neighbours_and_the_nearest_nucleus_are_those_of_the_whole_slide(tmp_path, n):
+    path = written(tmp_path / "nuclei.parquet", made_nuclei(clustered(n, n)))
+    places, counts, nearest = surroundings(path)
+    apart = distance.cdist(places, places)
+    np.testing.assert_array_equal(counts, (apart <= 50).sum(0) - 1)
+    np.fill_diagonal(apart, np.inf)
+    np.testing.assert_array_equal(nearest, apart.min(0).astype(np.float32))
+
+
+def test_a_nucleus_alone_on_a_slide_has_no_nearest(tmp_path):
+    _, counts, nearest = surroundings(written(tmp_path / "nuclei.parquet", made_nuclei([[500, 700]])))
+    assert counts.tolist() == [0]
+    assert np.isnan(nearest).all()
+
+
+def test_a_nucleus_as_far_as_the_reach_is_a_neighbour_and_one_in_the_same_place_too(tmp_path):
+    places = [[1000, 1024], [1200, 1024], [1200, 1024], [1000, 1224.1]]  # 50 µm are 200 px0
+    _, counts, nearest = surroundings(written(tmp_path / "nuclei.parquet", made_nuclei(places)))
+    assert sorted(counts.tolist()) == [0, 2, 2, 2]
+    assert sorted(nearest.tolist()) == [0, 0, 50, pytest.approx(50.025)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 200), st.floats(0.2, 30), st.floats(0.5, 40))
+def test_rows_of_any_height_give_what_a_tree_over_all_points_gives(seed, n, height, reach):
+    points = np.random.default_rng(seed).uniform(0, (60, 90), (n, 2)).round(1)
+    row_of = np.floor(points[:, 1] / height).astype(int)
+    rows = Neighbourhood(set(row_of.tolist()), lambda row: points[row_of == row], height, reach)
+    tree = cKDTree(points)
+    for row in np.unique(row_of):
+        counts, nearest = rows.of_row(row)
+        mine = points[row_of == row]
+        np.testing.assert_array_equal(counts, tree.query_ball_point(mine, reach, return_length=True) - 1)
+        np.testing.assert_array_equal(nearest, tree.query(mine, [2])[0][:, 0])

@@ -54,6 +54,8 @@ MEASUREMENTS = (
     ("circularity", "Nucleus: Circularity", 3),
     ("hematoxylin_mean", "Nucleus: Hematoxylin OD mean", 3),
     ("eosin_mean", "Nucleus: Eosin OD mean", 3),
+    ("neighbors_50um", "Neighbors within 50 µm", 0),
+    ("nearest_um", "Distance to nearest nucleus µm", 2),
 )
 _DECIMALS = np.array([decimals for *_, decimals in MEASUREMENTS])
 

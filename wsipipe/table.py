@@ -19,16 +19,21 @@ import shapely
 from wsipipe.errors import StoreError
 from wsipipe.features import NUCLEI_SCHEMA
 from wsipipe.geometry import Box, Grid
+from wsipipe.neighbours import Neighbourhood
 from wsipipe.store import finished
 
 log = logging.getLogger(__name__)
 
 FORMAT = "wsipipe nuclei"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROW_GROUP = 50_000  # nuclei; about 15 MB in memory, and few enough groups for a slide of millions
 # Rows are sorted by squares of this side, so that their order does not tell how the slide was cut into
 # blocks and a row group is a compact region. One row of squares over the slide is held in memory at a time.
 SQUARE_PX0 = 1024
+REACH_UM = 50.0  # up to where another nucleus is a neighbour
+# What a block cannot know of its nuclei is told by the table: how many neighbours each has, and how far the nearest is.
+_SURROUNDINGS = [pa.field("neighbors_50um", pa.int32()), pa.field("nearest_um", pa.float32())]
+TABLE_SCHEMA = pa.schema([*list(NUCLEI_SCHEMA)[:-1], *_SURROUNDINGS, NUCLEI_SCHEMA.field("geometry")])
 
 
 @dataclass(frozen=True)
@@ -181,13 +186,13 @@ class NucleiSpool:
             finished(unnamed) as partial,  # on the disk before the spool goes
             pq.ParquetWriter(
                 partial,
-                NUCLEI_SCHEMA.remove_metadata(),
+                TABLE_SCHEMA,
                 compression="zstd",
                 compression_level=3,
                 use_dictionary=["type"],
             ) as writer,
         ):
-            for group in _groups(_in_order([self._file(block) for block in wanted])):
+            for group in _groups(_in_order([self._file(block) for block in wanted], self.meta.grid)):
                 writer.write_table(group, row_group_size=ROW_GROUP)
                 for entry in group["type"].value_counts().to_pylist():
                     counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
@@ -250,18 +255,32 @@ def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBat
         yield from file.iter_batches(batch_size=ROW_GROUP, columns=None if columns is None else list(columns))
 
 
-def _in_order(files: list[Path]) -> Iterator[pa.Table]:
-    """The rows of all files, by rows of squares, then by square, then by place."""
-    rows_of_squares: dict[float, list[Path]] = defaultdict(list)
+def _in_order(files: list[Path], grid: Grid) -> Iterator[pa.Table]:
+    """The rows of all files with their surroundings, by rows of squares, then by square, then by place."""
+    rows_of_squares: dict[int, list[Path]] = defaultdict(list)
     for file in files:
         for row in np.unique(_square(_read(file)["y_px0"])):
-            rows_of_squares[row].append(file)
+            rows_of_squares[int(row)].append(file)
+
+    def gathered(row: int, columns: list[str]) -> pa.Table:
+        tables = (_read(file) for file in rows_of_squares[row])
+        parts = [table.filter(pa.array(_square(table["y_px0"]) == row)).select(columns) for table in tables]
+        return pa.concat_tables(parts)
+
+    def centres(row: int) -> npt.NDArray[np.float64]:
+        nuclei = gathered(row, ["x_um", "y_um"])
+        return np.stack([nuclei["x_um"].to_numpy(), nuclei["y_um"].to_numpy()], axis=1)
+
+    around = Neighbourhood(rows_of_squares.keys(), centres, SQUARE_PX0 * grid.mpp_y0, REACH_UM)
+    order = [(name, "ascending") for name in ("square", "y_px0", "x_px0", "id")]
     for row in sorted(rows_of_squares):
-        spooled = [_read(file) for file in rows_of_squares[row]]
-        nuclei = pa.concat_tables([table.filter(pa.array(_square(table["y_px0"]) == row)) for table in spooled])
+        nuclei = gathered(row, NUCLEI_SCHEMA.names)
+        counts, nearest = around.of_row(row)
+        surroundings = pa.array(counts), pa.array(nearest, pa.float32(), mask=np.isinf(nearest))
+        for column, values in zip(_SURROUNDINGS, surroundings, strict=True):
+            nuclei = nuclei.append_column(column, values)
         keys = nuclei.select(["y_px0", "x_px0", "id"]).append_column("square", pa.array(_square(nuclei["x_px0"])))
-        order = [(name, "ascending") for name in ("square", "y_px0", "x_px0", "id")]
-        yield nuclei.take(pc.sort_indices(keys, sort_keys=order))
+        yield nuclei.select(TABLE_SCHEMA.names).take(pc.sort_indices(keys, sort_keys=order))
 
 
 def _read(file: Path) -> pa.Table:
@@ -276,7 +295,7 @@ def _square(px0: pa.ChunkedArray) -> npt.NDArray[np.float64]:
 
 def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The same rows in tables of ROW_GROUP rows, the last one smaller."""
-    held = NUCLEI_SCHEMA.empty_table()
+    held = TABLE_SCHEMA.empty_table()
     for table in tables:
         held = pa.concat_tables([held, table])
         while held.num_rows >= ROW_GROUP:
