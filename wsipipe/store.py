@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,11 +28,12 @@ from wsipipe.maps import Maps
 from wsipipe.model.spec import ModelSpec
 from wsipipe.tiles import TileGeometry
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Of zstd 1 to 3 and Blosc with and without shuffling on crowded maps (9 channels, 768 px chunks), level 1 costs
 # least to write: 14 MP/s of one core, 3.4 bytes a pixel. Level 3 saves a tenth of the bytes for 1.4 times the work.
 COMPRESSION_LEVEL = 1
-COMMITS = "commits"  # one line a finished chunk, in the order of finishing
+COMMITS = "commits"  # one line a finished chunk, in the order of finishing: its index and the CRC-32 of its files
+MOST_COARSE_PX = 1 << 28  # of a tissue mask or a table of chunks: a damaged size must not fill the memory
 
 
 @contextmanager
@@ -132,7 +135,8 @@ class MapStore:
 
     Arrays `np` (H, W) uint8, `hv` (2, H, W) int8, `nc` (K, H, W) uint8; `tissue` (h, w) uint8, the tissue mask;
     `wanted` (rows, columns) uint32, the number of tiles with tissue in each chunk. Chunks without such tiles are
-    never written. A chunk's index counts row by row. Readers may share one; a single process writes.
+    never written. A chunk's index counts row by row. Readers may share one; a single process writes. Checksums of all
+    chunks, of the tissue mask and of the attributes are kept, and compared as each is first read.
 
     Attributes
     ----------
@@ -142,8 +146,6 @@ class MapStore:
         The wsipipe that made them.
     wanted : dict of int to int
         Index of every chunk with tissue and its number of tiles.
-    committed : set of int
-        Chunks that were finished when the store was opened, or have been since through this object.
     made_ns : int
         When the store was begun; tells it from another one under the same path.
     is_finished : bool
@@ -165,16 +167,22 @@ class MapStore:
             self.version: str = attributes["wsipipe"]["version"]
             self._identity = _identity(attributes)
             self.made_ns = (self._root / "zarr.json").stat().st_mtime_ns
+            _require_sum(attributes)
             # An array's chunks are stored even where they are all zero: so a chunk that lacks its file was lost.
             with zarr.config.set({"array.write_empty_chunks": True}):
-                group = zarr.open_group(self._root, mode="r+" if self._lock else "r", use_consolidated=False)
-                arrays: list[Any] = [group[name] for name in ("np", "hv", "nc", "tissue", "wanted")]
+                mode: Any = "r+" if self._lock else "r"
+                group = zarr.open_group(self._root, mode=mode, use_consolidated=False, zarr_format=3)
+                arrays: list[Any] = [_checked(group[name], layout) for name, layout in _layouts(self.meta).items()]
                 counts = np.asarray(arrays[-1][...])
+            if _sha256(counts) != attributes["counts"]["sha256"]:
+                raise ValueError("the table of its chunks does not have its checksum")
         except (KeyError, TypeError, ValueError, OSError, zarr.errors.BaseZarrError) as error:
             raise StoreError(f"{self._root} is damaged ({error}); make it again with --overwrite") from error
         self._np, self._hv, self._nc, self._tissue = arrays[:-1]
         self.wanted = {int(index): int(counts.flat[index]) for index in np.flatnonzero(counts)}
-        self.committed = _read_commits(self._root / COMMITS)
+        self._tissue_sha256: str = attributes["tissue_mask"]
+        self._sums = _read_commits(self._root / COMMITS)
+        self._sound: set[int] = set()  # chunks whose files were compared with their sum
 
     @classmethod
     def open(cls, path: Path, *, unfinished: bool = False) -> "MapStore":
@@ -258,7 +266,18 @@ class MapStore:
     @cached_property
     def tissue(self) -> npt.NDArray[np.bool_]:
         """(h, w) bool, on `meta.tissue_grid`."""
-        return np.asarray(self._tissue[...], bool)
+        try:
+            mask = np.asarray(self._tissue[...], bool)
+        except Exception as error:  # each codec has its own
+            raise StoreError(f"{self._root} is damaged ({error}); make it again with --overwrite") from error
+        if _sha256(mask) != self._tissue_sha256:
+            raise StoreError(f"the tissue mask in {self._root} is damaged; make it again with --overwrite")
+        return mask
+
+    @property
+    def committed(self) -> set[int]:
+        """Chunks that were finished when the store was opened, or have been since through this object."""
+        return set(self._sums)
 
     @cached_property
     def _renamed(self) -> "MapStore":
@@ -278,11 +297,20 @@ class MapStore:
         StoreError
             If the box meets a chunk with tissue that is not there: lost, or not yet computed.
         """
-        maps, lost = self._read(box)
+        lost, damaged = self._unsound(box)
+        maps = None
+        if not lost and not damaged:
+            try:
+                maps = self._read(box)
+            except Exception as error:  # each codec has its own
+                if (self._root / "zarr.json").exists():
+                    raise StoreError(f"{self._root} is damaged ({error}); make it again with --overwrite") from error
         if not (self._root / "zarr.json").exists():  # finished, and so renamed, meanwhile: what was read may be holes
             return self._renamed.read(box)
         if lost:
-            raise StoreError(f"{self._root} lacks its chunks {sorted(lost)}; make it again with --overwrite")
+            raise StoreError(f"{self._root} lacks its chunks {lost}; make it again with --overwrite")
+        if maps is None:
+            raise StoreError(f"the chunks {damaged} of {self._root} are damaged; make it again with --overwrite")
         return maps
 
     def write_chunk(self, index: int, maps: Maps) -> None:
@@ -293,11 +321,12 @@ class MapStore:
         for array, values in ((self._np, maps.nuclei), (self._hv, maps.offsets), (self._nc, maps.types)):
             array[..., *box.slices] = values
             _to_disk(self._chunk_file(array, index))
+        crc = self._sum(index)
         with (self._root / COMMITS).open("a") as commits:
-            commits.write(f"{index}\n")
+            commits.write(f"{index} {crc:08x}\n")
             commits.flush()
             os.fsync(commits.fileno())
-        self.committed.add(index)
+        self._sums[index] = crc
 
     def finish(self) -> None:
         """Give the complete store its final name and unlock it.
@@ -317,7 +346,7 @@ class MapStore:
         self.close()
         self._attach(unfinished=False)
 
-    def _read(self, box: Box) -> tuple[Maps, list[int]]:
+    def _read(self, box: Box) -> Maps:
         inside = box.clipped(self.meta.grid.box)
         found = []
         for array in (self._np, self._hv, self._nc):
@@ -325,8 +354,35 @@ class MapStore:
             if not inside.is_empty:
                 values[..., *inside.within(box).slices] = array[..., *inside.slices]
             found.append(values)
-        wanted = (index for index in self.meta.chunk_indices(box) if index in self.wanted)
-        return Maps(*found), [index for index in wanted if not self._chunk_file(self._nc, index).exists()]
+        return Maps(*found)
+
+    def _unsound(self, box: Box) -> tuple[list[int], list[int]]:
+        """Chunks with tissue that a box meets and that are not there, and those that are not as they were written."""
+        lost, damaged = [], []
+        for index in self.meta.chunk_indices(box):
+            if index not in self.wanted or index in self._sound:
+                continue
+            try:
+                found = self._sum(index)
+            except FileNotFoundError:
+                lost.append(index)
+                continue
+            if index not in self._sums:  # another object may have written it since
+                self._sums = _read_commits(self._root / COMMITS)
+            if index not in self._sums:
+                lost.append(index)
+            elif self._sums[index] != found:
+                damaged.append(index)
+            else:
+                self._sound.add(index)
+        return lost, damaged
+
+    def _sum(self, index: int) -> int:
+        """CRC-32 of a chunk's files and its index: chunks that changed places are not sound either."""
+        crc = index
+        for array in (self._np, self._hv, self._nc):
+            crc = zlib.crc32(self._chunk_file(array, index).read_bytes(), crc)
+        return crc
 
     def _chunk_file(self, array: Any, index: int) -> Path:
         place = (0,) * (array.ndim - 2) + divmod(index, self.meta.columns)
@@ -354,6 +410,49 @@ class MapStore:
             torn.unlink()
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What an array of the store must be."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+
+
+def _layouts(meta: StoreMeta) -> dict[str, _Layout]:
+    grid, side, coarse = meta.grid, meta.geometry.chunk_px, meta.tissue_grid.box.shape
+    chunks = (-(-grid.height // side), -(-grid.width // side))
+    for height, width in (coarse, chunks):
+        if min(height, width) < 1 or height * width > MOST_COARSE_PX:
+            raise ValueError(f"{width} x {height} px or chunks are no slide's")
+    types = max(1, len(meta.spec.class_names))
+    return {
+        "np": _Layout(grid.box.shape, (side, side), "uint8"),
+        "hv": _Layout((2, *grid.box.shape), (2, side, side), "int8"),
+        "nc": _Layout((types, *grid.box.shape), (types, side, side), "uint8"),
+        "tissue": _Layout(coarse, coarse, "uint8"),
+        "wanted": _Layout(chunks, chunks, "uint32"),
+    }
+
+
+def _checked(array: Any, layout: _Layout) -> Any:
+    found = _Layout(tuple(array.shape), tuple(array.chunks), str(array.dtype))
+    if found != layout:
+        raise ValueError(f"its array {array.basename} is {found}, not {layout}")
+    return array
+
+
+def _sum_of(attributes: dict[str, Any]) -> str:
+    """Hash of all attributes but itself."""
+    ours = {key: value for key, value in attributes.items() if key != "sum"}
+    return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _require_sum(attributes: dict[str, Any]) -> None:
+    if attributes["sum"] != _sum_of(attributes):
+        raise ValueError("its attributes do not have their checksum")
+
+
 def _create(
     partial: Path,
     identity: dict[str, Any],
@@ -361,32 +460,30 @@ def _create(
     wanted: Mapping[int, int],
     tissue: npt.NDArray[np.bool_],
 ) -> None:
-    grid, side = meta.grid, meta.geometry.chunk_px
+    layouts = _layouts(meta)
+    counts = np.zeros(layouts["wanted"].shape, np.uint32)
+    for index, tiles in wanted.items():
+        counts.flat[index] = tiles
     attributes = {
         "wsipipe": {"format": FORMAT_VERSION, "version": wsipipe.__version__},
         **meta.to_json(),
         "tissue_mask": identity["tissue_mask"],
-        "counts": {"chunks": len(wanted), "tiles": sum(wanted.values())},
+        "counts": {"chunks": len(wanted), "tiles": sum(wanted.values()), "sha256": _sha256(counts)},
     }
+    attributes["sum"] = _sum_of(attributes)
     partial.parent.mkdir(parents=True, exist_ok=True)
     group = zarr.create_group(partial, attributes=attributes, zarr_format=3)
-    for name, channels, dtype in (
-        ("np", (), "u1"),
-        ("hv", (2,), "i1"),
-        ("nc", (max(1, len(meta.spec.class_names)),), "u1"),
-    ):
+    for name in ("np", "hv", "nc"):
+        layout = layouts[name]
         group.create_array(
             name,
-            shape=(*channels, grid.height, grid.width),
-            chunks=(*channels, side, side),
-            dtype=dtype,
+            shape=layout.shape,
+            chunks=layout.chunks,
+            dtype=layout.dtype,
             fill_value=0,
             compressors=[ZstdCodec(level=COMPRESSION_LEVEL)],
-            dimension_names=("c", "y", "x")[-2 - len(channels) :],
+            dimension_names=("c", "y", "x")[-len(layout.shape) :],
         )
-    counts = np.zeros((-(-grid.height // side), -(-grid.width // side)), np.uint32)
-    for index, tiles in wanted.items():
-        counts.flat[index] = tiles
     for name, values in (("tissue", tissue.astype(np.uint8)), ("wanted", counts)):
         group.create_array(name, data=values, chunks=values.shape, dimension_names=("y", "x"))
     (partial / COMMITS).touch()  # last: a partial without it is a torn beginning
@@ -415,7 +512,9 @@ def _plain(meta: StoreMeta) -> dict[str, Any]:
 
 def _identity(attributes: dict[str, Any]) -> dict[str, Any]:
     """The attributes that the maps depend on. A slide may be renamed; the hash only repeats what stands beside it."""
-    identity = {key: value for key, value in attributes.items() if key not in ("wsipipe", "counts", "config_hash")}
+    identity = {
+        key: value for key, value in attributes.items() if key not in ("wsipipe", "counts", "config_hash", "sum")
+    }
     return {**identity, "slide": {"fingerprint": attributes["slide"]["fingerprint"]}}
 
 
@@ -431,16 +530,21 @@ def _shown(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # a sha256 is told by its start
 
 
-def _sha256(array: npt.NDArray[np.bool_]) -> str:
-    return hashlib.sha256(repr(array.shape).encode() + np.packbits(array).tobytes()).hexdigest()
+def _sha256(array: npt.NDArray[Any]) -> str:
+    packed = np.packbits(array) if array.dtype == bool else np.ascontiguousarray(array)
+    return hashlib.sha256(repr(array.shape).encode() + packed.tobytes()).hexdigest()
 
 
-def _read_commits(path: Path) -> set[int]:
+def _read_commits(path: Path) -> dict[int, int]:
+    """Index and checksum of every finished chunk."""
     text = path.read_text(encoding="ascii", errors="replace") if path.exists() else ""
-    try:
-        return {int(line) for line in text[: text.rfind("\n") + 1].splitlines()}  # a torn last line was not committed
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}); make the maps again with --overwrite") from error
+    sums = {}
+    for line in text[: text.rfind("\n") + 1].splitlines():  # a torn last line was not committed
+        found = re.fullmatch(r"(\d{1,9}) ([0-9a-f]{8})", line)
+        if found is None:
+            raise StoreError(f"{path} is damaged; make the maps again with --overwrite")
+        sums[int(found[1])] = int(found[2], 16)
+    return sums
 
 
 def _partial(path: Path) -> Path:
