@@ -35,6 +35,7 @@ class Geometry:
     ----------
     near_mpp, far_mpp : two floats
         The crop's resolution is drawn log-uniformly from `near_mpp`, or with probability `far_p` from `far_mpp`, µm/px.
+        None: at the resolution of the network.
     quarter_turn_p, flip_p
         A rotation by 0 to 3 quarter turns (all four equally likely); each of the two flips.
     rotate_p, rotate_degrees
@@ -49,8 +50,8 @@ class Geometry:
 
     __pydantic_config__ = _STRICT
 
-    near_mpp: Range
-    far_mpp: Range
+    near_mpp: Range | None = None
+    far_mpp: Range | None = None
     far_p: float = 0.0
     quarter_turn_p: float = 1.0
     flip_p: float = 0.5
@@ -110,13 +111,17 @@ def _mirrored(positions: Array, size: int) -> Array:
     return mirrored
 
 
-def draw_field(geometry: Geometry, shape: tuple[int, int], mpp: float, crop_px: int, rng: Rng) -> SourceField:
+def draw_field(
+    geometry: Geometry, shape: tuple[int, int], mpp: float, crop_px: int, rng: Rng, crop_mpp: float | None = None
+) -> SourceField:
     """Draw where a crop of `crop_px` a side comes from in an image of `shape` (H, W) at `mpp`.
 
-    What is seen never exceeds the image: where it would, the crop is taken finer than drawn, and is not rotated freely.
+    Where the geometry names no resolution, it is `crop_mpp`, or else that of the image. What is seen never exceeds the
+    image: where it would, the crop is taken finer than drawn, and is not rotated freely.
     """
     span = geometry.far_mpp if rng.random() < geometry.far_p else geometry.near_mpp
-    seen = crop_px * _log_uniform(span, rng) / mpp
+    drawn = _log_uniform(span, rng) if span else mpp if crop_mpp is None else crop_mpp
+    seen = crop_px * drawn / mpp
     if rng.random() < geometry.zoom_p:
         seen *= rng.uniform(*geometry.zoom)
     seen = min(seen, *shape)
@@ -435,13 +440,11 @@ RECIPES: dict[str, Recipe] = {
             Jpeg(p=0.3),
         ),
     ),
-    # CellVTA and CellViT (albumentations 1.3.0), pinned by effect: patches of 256 px at 0.25 µm/px. Geometry comes
+    # CellVTA and CellViT (albumentations 1.3.0), pinned by effect: patches as they are. Geometry comes
     # first here; there, the blurs and the noise come before the crop. The elastic displacement of alpha 0.5 over a
     # Gaussian of 25 px moves nothing by more than a hundredth of a pixel and is left out; its affine part is here.
     "published": Recipe(
         Geometry(
-            near_mpp=(0.25, 0.25),
-            far_mpp=(0.25, 0.25),
             quarter_turn_p=0.2,
             flip_p=0.2,
             zoom_p=0.2,

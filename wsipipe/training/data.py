@@ -9,17 +9,20 @@ A patch set is a folder of images of one size with their nuclei, read by memory 
 `instances.npy`     (N, H, W) uint16 or int32    0 background, every other value one nucleus of that image
 `types.npy`         (N, H, W) uint8, optional    index into `class_names`; 255 where not known
 `trusted.npy`       (N, H, W) bool, optional     False where nuclei may be joined or split wrongly
-`index.csv`         N rows: name,group,split     group: patient, slide or organ; split: train, validation or test
+`index.csv`         N rows: name,group,split     group: patient, slide or organ; split: train, validation or test;
+                                                 optional columns: tissue, fold
 ==================  ===========================  ==================================================================
 
-One folder holds one data set in one image size. A set without `types.npy` knows no types.
+One folder holds one data set in one image size. A set without `types.npy` knows no types. Where there are folds,
+`PatchSet.with_folds` puts them in the place of the splits.
 """
 
 import csv
+import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +38,8 @@ from wsipipe.training.augment import Recipe, SourceField, draw_field
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
 UNKNOWN_TYPE = 255
+UNKNOWN_TISSUE = -100  # what torch's cross-entropy leaves out
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of an array, for its fingerprint
 Array = npt.NDArray[Any]
 Split = Literal["train", "validation", "test"]
 Variant = Literal["published", "exact"]  # of `wsipipe.training.targets.hv_map`
@@ -47,6 +52,8 @@ class Patch:
     name: str
     group: str
     split: str
+    tissue: str = ""
+    fold: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +73,8 @@ class PatchSet:
     index: tuple[Patch, ...]
 
     @classmethod
-    def open(cls, folder: str | Path) -> "PatchSet":
-        """Open a patch set and check all of it.
+    def open(cls, folder: str | Path, *, check_values: bool = True) -> "PatchSet":
+        """Open a patch set and check all of it, or all but the pixels.
 
         Raises
         ------
@@ -96,12 +103,13 @@ class PatchSet:
             index=_read_index(folder / "index.csv", len(images)),
             **about,
         )
-        opened._check_values()
+        if check_values:
+            opened._check_values()
         return opened
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A worker process opens the files itself: pickling a memory map would copy it."""
-        return PatchSet.open, (self.folder,)
+        """A worker process opens the files itself: pickling a memory map would copy it. They were checked before."""
+        return _opened_again, (self.folder, self.index)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -109,6 +117,43 @@ class PatchSet:
     def of(self, split: Split) -> Array:
         """Numbers of the images of a split, (n,) int64."""
         return np.array([i for i, patch in enumerate(self.index) if patch.split == split], np.int64)
+
+    @property
+    def tissues(self) -> tuple[str, ...]:
+        """Every tissue that the index names, in order; empty where it names none."""
+        return tuple(sorted({patch.tissue for patch in self.index} - {""}))
+
+    def with_folds(self, folds: Mapping[Split, Sequence[str]]) -> "PatchSet":
+        """The same set, split by its folds: those of `folds`; images of a fold that is not named belong to no split.
+
+        Raises
+        ------
+        DataError
+            If the set has no such fold, or one is to be in two splits.
+        """
+        there = {patch.fold for patch in self.index} - {""}
+        split_of: dict[str, Split] = {}
+        for split, names in folds.items():
+            for name in names:
+                if name not in there:
+                    raise DataError(f"{self.folder} has no fold '{name}'; it has {', '.join(sorted(there)) or 'none'}")
+                if name in split_of:
+                    raise DataError(f"fold '{name}' of {self.folder} cannot be for {split_of[name]} and for {split}")
+                split_of[name] = split
+        return replace(self, index=tuple(replace(patch, split=split_of.get(patch.fold, "")) for patch in self.index))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the description, the index as it is used, and samples of every array: other data, other hash."""
+        digest = hashlib.sha256((self.folder / "dataset.json").read_bytes() + repr(self.index).encode())
+        for path in sorted(self.folder.glob("*.npy")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for place in range(0, size, max(1, size // SAMPLES)):
+                    file.seek(place)
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()[:32]
 
     def _check_values(self) -> None:
         for i, instances in enumerate(self.instances):
@@ -126,6 +171,10 @@ class PatchSet:
                     f"{path}, image {i} ({self.index[i].name}): holds the types {used.tolist()}, but there are "
                     f"{len(self.class_names)} class_names ({UNKNOWN_TYPE} stands for unknown)"
                 )
+
+
+def _opened_again(folder: Path, index: tuple[Patch, ...]) -> PatchSet:
+    return replace(PatchSet.open(folder, check_values=False), index=index)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -160,7 +209,10 @@ def _read_index(path: Path, count: int) -> tuple[Patch, ...]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        index = tuple(Patch(row["name"], row["group"], row["split"]) for row in rows)
+        index = tuple(
+            Patch(row["name"], row["group"], row["split"], row.get("tissue") or "", row.get("fold") or "")
+            for row in rows
+        )
     except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
         raise DataError(f"{path} must be a table of name, group and split: {type(error).__name__}: {error}") from error
     if len(index) != count:
@@ -208,6 +260,13 @@ class MixedCrops(Dataset[Item]):
         Length; items beyond it are as good.
     hv_variant : str
         Passed on to `wsipipe.training.targets.hv_map`.
+    order : {"drawn", "shuffled"}
+        "drawn": every item is of any image, by the weights. "shuffled": every image once before any comes again; the
+        weights do not matter.
+    mpp : float, optional
+        Resolution of the crops where the recipe leaves it open; by default that of each image.
+    tissues : sequence of str
+        Items then hold a `tissue`: its place in here.
     """
 
     sources: Sequence[Source]
@@ -217,6 +276,9 @@ class MixedCrops(Dataset[Item]):
     crop_px: int = 256
     split: Split = "train"
     hv_variant: Variant = "exact"
+    order: Literal["drawn", "shuffled"] = "drawn"
+    mpp: float | None = None
+    tissues: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         same_classes([source.patches for source in self.sources])
@@ -246,13 +308,42 @@ class MixedCrops(Dataset[Item]):
 
     def __getitem__(self, i: int) -> Item:
         rng = np.random.default_rng((self.seed, i))
-        which = int(np.searchsorted(self._chances, rng.random(), side="right"))
-        patches = self.sources[which].patches
-        numbers, chances = self._images[which]
-        number = int(numbers[np.searchsorted(chances, rng.random(), side="right")])
+        patches, number = self._shuffled_image(i) if self.order == "shuffled" else self._drawn_image(rng)
         shape = patches.images.shape[1:3]
-        field = draw_field(self.recipe.geometry, shape, patches.mpp, self.crop_px, rng)
-        return make_item(patches, number, field, self.hv_variant, lambda image: self.recipe.recolour(image, rng))
+        field = draw_field(self.recipe.geometry, shape, patches.mpp, self.crop_px, rng, self.mpp)
+        item = make_item(patches, number, field, self.hv_variant, lambda image: self.recipe.recolour(image, rng))
+        return _with_tissue(item, patches, number, self.tissues)
+
+    def _drawn_image(self, rng: np.random.Generator) -> tuple[PatchSet, int]:
+        which = int(np.searchsorted(self._chances, rng.random(), side="right"))
+        numbers, chances = self._images[which]
+        return self.sources[which].patches, int(numbers[np.searchsorted(chances, rng.random(), side="right")])
+
+    def _shuffled_image(self, i: int) -> tuple[PatchSet, int]:
+        epoch, place = divmod(i, self.images)
+        place = int(_permutation(self.seed, epoch, self.images)[place])
+        for source, (numbers, _) in zip(self.sources, self._images, strict=True):
+            if place < len(numbers):
+                return source.patches, int(numbers[place])
+            place -= len(numbers)
+        raise AssertionError("a place beyond the images")
+
+    @cached_property
+    def images(self) -> int:
+        """Images of the split in all sources: what an epoch is long."""
+        return sum(len(numbers) for numbers, _ in self._images)
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> Array:
+    return np.random.default_rng((seed, epoch, count)).permutation(count)
+
+
+def _with_tissue(item: Item, patches: PatchSet, number: int, tissues: Sequence[str]) -> Item:
+    if tissues:
+        tissue = patches.index[number].tissue
+        item["tissue"] = torch.tensor(tissues.index(tissue) if tissue in tissues else UNKNOWN_TISSUE)
+    return item
 
 
 def _summed(weights: Array) -> Array:
@@ -273,6 +364,7 @@ class FixedCrops(Dataset[Item]):
     mpp: float = 0.25
     crop_px: int = 256
     hv_variant: Variant = "exact"
+    tissues: Sequence[str] = ()
 
     @cached_property
     def _places(self) -> list[tuple[int, float, float, float]]:
@@ -290,7 +382,8 @@ class FixedCrops(Dataset[Item]):
         number, x0, y0, seen = self._places[i]
         steps = (np.arange(self.crop_px) + 0.5) * seen / self.crop_px - 0.5
         x, y = np.meshgrid((x0 + steps).astype(np.float32), (y0 + steps).astype(np.float32))
-        return make_item(self.patches, number, SourceField(x, y, seen / self.crop_px), self.hv_variant)
+        item = make_item(self.patches, number, SourceField(x, y, seen / self.crop_px), self.hv_variant)
+        return _with_tissue(item, self.patches, number, self.tissues)
 
 
 def start_worker(worker: int) -> None:
