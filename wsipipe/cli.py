@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from wsipipe import __version__
+from wsipipe import __version__, cli_training
 from wsipipe.errors import WsipipeError
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(cli_training.data, name="data")
 
 GO_ON = "run the same command again to go on where it stopped"
 

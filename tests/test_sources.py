@@ -1,0 +1,453 @@
+"""Data sets as others lay them out: read exactly, and refused with file and number where they are not whole."""
+
+import csv
+import json
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from wsipipe.errors import DataError
+from wsipipe.training.check import check, draw_sheet
+from wsipipe.training.miniature import make_conic, make_pannuke
+from wsipipe.training.sources.annotated import Splits, prepare_image_masks, prepare_qupath
+from wsipipe.training.sources.cellvit import prepare_cellvit, read_label
+from wsipipe.training.sources.conic import TYPES, prepare_conic
+from wsipipe.training.sources.pannuke import joined, prepare_pannuke
+from wsipipe.training.write import Description, count, differences, windows
+
+ABOUT = Description("own", 0.25, None, "drawn", "CC0-1.0")
+HALF = Splits(validation=0.5)
+
+
+@pytest.fixture
+def pannuke(tmp_path) -> Path:
+    make_pannuke(tmp_path / "src", images=3, side=64)
+    return tmp_path / "src"
+
+
+@pytest.fixture
+def conic(tmp_path) -> Path:
+    make_conic(tmp_path / "src", patients=5, of_each=2, side=256)
+    return tmp_path / "src"
+
+
+# --- PanNuke ----------------------------------------------------------------------------------------------------------
+
+
+def test_pannuke_keeps_every_pixel_fold_and_tissue(pannuke, tmp_path):
+    patches = prepare_pannuke(pannuke, tmp_path / "dst")
+    assert [patch.fold for patch in patches.index] == ["1"] * 3 + ["2"] * 3 + ["3"] * 3
+    assert patches.tissues == ("Adrenal_gland", "Bile-duct", "Bladder")
+    images = np.load(pannuke / "Fold 2/images/fold2/images.npy")
+    np.testing.assert_array_equal(patches.images[4], images[1].astype(np.uint8))
+    masks = np.load(pannuke / "Fold 2/masks/fold2/masks.npy")[1]
+    np.testing.assert_array_equal(patches.instances[4] > 0, masks[..., 5] == 0)
+    assert patches.types is not None
+    for channel in range(5):
+        np.testing.assert_array_equal(patches.types[4] == channel + 1, masks[..., channel] > 0)
+
+
+def test_folds_take_the_place_of_splits(pannuke, tmp_path):
+    patches = prepare_pannuke(pannuke, tmp_path / "dst")
+    turned = patches.with_folds({"train": ["3"], "test": ["1"]})
+    assert turned.of("train").tolist() == [6, 7, 8]
+    assert turned.of("validation").tolist() == []
+    assert turned.of("test").tolist() == [0, 1, 2]
+    assert turned.fingerprint != patches.fingerprint
+    assert pickle.loads(pickle.dumps(turned)).index == turned.index  # as a worker process gets it
+    with pytest.raises(DataError, match="no fold '4'; it has 1, 2, 3"):
+        patches.with_folds({"train": ["4"]})
+    with pytest.raises(DataError, match=r"fold '1' of .* cannot be for train and for test"):
+        patches.with_folds({"train": ["1"], "test": ["1"]})
+
+
+def test_channels_that_overlap_are_joined_as_cellvit_does_it():
+    masks = np.zeros((4, 4, 6), np.float64)
+    masks[0, :3, 0] = 40
+    masks[2, :, 0] = 7
+    masks[0, 2:, 1] = 40  # the same number in another channel is another nucleus, and lies on top
+    instances, types = joined(masks, "here")
+    assert instances.tolist() == [[2, 2, 3, 3], [0] * 4, [1] * 4, [0] * 4]
+    assert types.tolist() == [[1, 1, 2, 2], [0] * 4, [1] * 4, [0] * 4]
+
+
+def spoilt(path: Path, change) -> None:
+    np.save(path, change(np.load(path)), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("Fold 2/masks/fold2/masks.npy", None, r"Fold 2/masks/fold2/masks\.npy is missing"),
+        ("Fold 1/masks/fold1/masks.npy", lambda a: a[..., :5], r"fold1/masks\.npy has 5 channels; .* background"),
+        ("Fold 1/masks/fold1/masks.npy", lambda a: a[:2], r"fold1/masks\.npy has the shape \(2, 64, 64, 6\)"),
+        ("Fold 1/masks/fold1/masks.npy", lambda a: a + 0.5, r"fold1/masks\.npy, image 0: channel 0"),
+        ("Fold 3/images/fold3/images.npy", lambda a: a + 100, r"fold3/images\.npy, image 0: .*0 and 255"),
+        ("Fold 3/images/fold3/images.npy", lambda a: a[..., 0], r"fold3/images\.npy has the shape \(3, 64, 64\)"),
+        ("Fold 1/images/fold1/types.npy", lambda a: a[:1], r"fold1/types\.npy holds \(1,\)"),
+        ("Fold 1/images/fold1/types.npy", lambda a: a.astype(object), r"fold1/types\.npy .*could run code"),
+    ],
+)
+def test_faults_of_pannuke_are_refused_by_file_and_image(pannuke, tmp_path, file, change, message):
+    if change is None:
+        (pannuke / file).unlink()
+    else:
+        spoilt(pannuke / file, change)
+    with pytest.raises(DataError, match=message):
+        prepare_pannuke(pannuke, tmp_path / "dst")
+    assert not list(tmp_path.glob("dst*")), "nothing half-written is left"
+
+
+def test_every_missing_file_is_named_at_once(tmp_path):
+    with pytest.raises(DataError, match=r"(?s)Fold 1/images.*Fold 1/masks.*Fold 3/masks"):
+        prepare_pannuke(tmp_path, tmp_path / "dst")
+
+
+def test_what_differs_from_the_published_counts_is_said(pannuke, tmp_path, caplog):
+    patches = prepare_pannuke(pannuke, tmp_path / "dst")
+    assert "images: 9 here, 7,901 published" in caplog.text
+    report, _ = check(tmp_path / "dst")
+    assert "fold 2: 3 here, 2,523 published" in report.doubts
+    assert differences(count(patches), {"images": 9, "fold": {"1": 3}}) == []
+
+
+# --- CoNIC ------------------------------------------------------------------------------------------------------------
+
+
+def test_conic_is_split_by_patient_and_enlarged_in_four_windows(conic, tmp_path):
+    native, enlarged = prepare_conic(conic, tmp_path / "dst")
+    assert len(native) == 10
+    assert (native.mpp, native.class_names) == (0.5, ("background", *TYPES))
+    labels = np.load(conic / "labels.npy")
+    np.testing.assert_array_equal(native.instances[3], labels[3, ..., 0])
+    np.testing.assert_array_equal(native.types[3], labels[3, ..., 1])
+    splits = {}
+    for patch in native.index:
+        splits.setdefault(patch.group, set()).add(patch.split)
+    assert len(splits) == 5
+    assert sorted(map(sorted, splits.values())) == [["test"], ["train"], ["train"], ["train"], ["validation"]]
+
+    trained = [i for i, patch in enumerate(native.index) if patch.split != "test"]
+    assert len(enlarged) == 4 * len(trained)
+    assert enlarged.mpp == pytest.approx(0.5 * 256 / 480)
+    names = [patch.name.split("_", 1)[1] for patch in enlarged.index[:4]]
+    assert names == ["0_0", "0_224", "224_0", "224_224"]
+    reference = torch.nn.functional.interpolate(
+        torch.from_numpy(np.array(native.images[trained[0]])).permute(2, 0, 1)[None].float(), (480, 480),
+        mode="bilinear", align_corners=False,
+    )[0].permute(1, 2, 0).numpy()  # fmt: skip
+    for number, (y, x) in enumerate([(0, 0), (0, 224), (224, 0), (224, 224)]):
+        shown = enlarged.images[number].astype(float)
+        assert np.abs(shown - reference[y : y + 256, x : x + 256]).max() <= 1
+    whole = enlarged.instances[0][:, 224:] > 0  # where the first two windows overlap
+    np.testing.assert_array_equal(whole, enlarged.instances[1][:, :32] > 0)
+
+
+def test_the_published_split_lets_windows_of_one_image_validate_and_train(conic, tmp_path):
+    _, enlarged = prepare_conic(conic, tmp_path / "dst", "published")
+    splits: dict[str, set[str]] = {}
+    for patch in enlarged.index:
+        splits.setdefault(patch.name.split("_")[0], set()).add(patch.split)
+    assert {"train", "validation"} in splits.values()
+    assert sum(patch.split == "validation" for patch in enlarged.index) == int(0.2 * len(enlarged))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda src: (src / "labels.npy").unlink(), r"labels\.npy is missing"),
+        (lambda src: (src / "patient_info.csv").unlink(), r"patient_info\.csv is missing"),
+        (lambda src: (src / "counts.csv").write_text("a\n1\n"), r"counts\.csv has no column neutrophil"),
+        (lambda src: spoilt(src / "labels.npy", lambda a: a[:4]), r"labels\.npy has the shape \(4, 256, 256, 2\)"),
+        (lambda src: spoilt(src / "labels.npy", lambda a: a * 9), r"labels\.npy, image 0: .*found type 54"),
+        (lambda src: (src / "patient_info.csv").write_text("patient\nx\n"), r"patients of 1 images, but has 10"),
+    ],
+)
+def test_faults_of_conic_are_refused_by_file(conic, tmp_path, spoil, message):
+    spoil(conic)
+    with pytest.raises(DataError, match=message):
+        prepare_conic(conic, tmp_path / "dst")
+
+
+# --- CellViT ----------------------------------------------------------------------------------------------------------
+
+
+def write_cellvit(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    (folder / "dataset_config.yaml").write_text(
+        "tissue_types: {Colon: 0, Skin: 1}\nnuclei_types: {Background: 0, Round: 1, Long: 2}\n"
+    )
+    for fold in range(3):
+        for name in ("images", "labels"):
+            (folder / f"fold{fold}" / name).mkdir(parents=True)
+        rows = [("img", "type")]
+        for i in (2, 10):
+            image = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / f"fold{fold}/images/{fold}_{i}.png"), image)
+            inst = np.zeros((32, 32), np.int32)
+            inst[4:9, 4:9], inst[20:25, 6:9] = 3, 8
+            types = np.where(inst == 3, 1, np.where(inst == 8, 2, 0))
+            np.save(
+                folder / f"fold{fold}/labels/{fold}_{i}.npy", {"inst_map": inst, "type_map": types}, allow_pickle=True
+            )
+            rows.append((f"{fold}_{i}.png", "Skin"))
+        with (folder / f"fold{fold}/types.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    return folder
+
+
+def test_a_folder_of_cellvit_is_read_without_unpickling(tmp_path):
+    src = write_cellvit(tmp_path / "src")
+    patches = prepare_cellvit(src, tmp_path / "dst", 0.25)
+    assert patches.class_names == ("background", "round", "long")
+    assert [(p.name, p.fold, p.split, p.tissue) for p in patches.index[:3]] == [
+        ("0_2", "0", "train", "Skin"), ("0_10", "0", "train", "Skin"), ("1_2", "1", "validation", "Skin"),
+    ]  # fmt: skip
+    assert np.unique(patches.instances[0]).tolist() == [0, 1, 2]
+    assert patches.types[0][5, 5] == 1
+    assert patches.types[0][22, 7] == 2
+    np.testing.assert_array_equal(patches.images[0], cv2.imread(str(src / "fold0/images/0_2.png"))[..., ::-1])
+
+
+class _Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_label_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    trace = tmp_path / "executed"
+    np.save(tmp_path / "label.npy", np.array({"inst_map": _Evil(trace), "type_map": 0}, dtype=object))
+    with pytest.raises(DataError, match=r"label\.npy was not opened: it asks for pathlib"):
+        read_label(tmp_path / "label.npy")
+    assert not trace.exists()
+    assert np.load(tmp_path / "label.npy", allow_pickle=True) is not None
+    assert trace.exists(), "the file is dangerous indeed"
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (np.zeros((4, 4)), r"holds \(4, 4\) float64"),
+        ({"inst_map": np.zeros((4, 4), int)}, "KeyError"),
+        ({"inst_map": np.full((4, 4), 0.5), "type_map": np.zeros((4, 4))}, "not whole"),
+        ({"inst_map": np.zeros(4), "type_map": np.zeros((4, 4))}, r"inst_map is not an array"),
+    ],
+)
+def test_a_label_of_another_kind_is_refused(tmp_path, label, message):
+    np.save(tmp_path / "x.npy", label, allow_pickle=True)
+    with pytest.raises(DataError, match=message):
+        read_label(tmp_path / "x.npy")
+
+
+def test_faults_of_a_cellvit_folder_come_all_at_once(tmp_path):
+    src = write_cellvit(tmp_path / "src")
+    (src / "fold1/images/1_2.png").rename(src / "fold1/images/0_2.png")
+    (src / "fold1/labels/1_2.npy").rename(src / "fold1/labels/0_2.npy")
+    (src / "fold2/types.csv").write_text("img,type\n2_2.png,Skin\n2_2.png,Colon\n")
+    with pytest.raises(DataError, match=r"(?s)another fold.*names 2_2\.png twice.*tissue of 2_10\.png"):
+        prepare_cellvit(src, tmp_path / "dst", 0.25)
+    write_cellvit(tmp_path / "typed")
+    label = {"inst_map": np.ones((32, 32), int), "type_map": np.full((32, 32), 3)}
+    np.save(tmp_path / "typed/fold0/labels/0_2.npy", label, allow_pickle=True)
+    with pytest.raises(DataError, match=r"0_2\.npy: the type 3"):
+        prepare_cellvit(tmp_path / "typed", tmp_path / "dst", 0.25)
+
+
+# --- one's own --------------------------------------------------------------------------------------------------------
+
+
+def write_masks(folder: Path) -> Path:
+    for name in ("images", "masks", "types"):
+        (folder / name).mkdir(parents=True)
+    for i, side in enumerate((64, 90)):
+        mask = np.zeros((side, side), np.uint16)
+        mask[5:15, 5:15], mask[40:55, 30:60] = 4, 900
+        cv2.imwrite(str(folder / f"images/p{i}_a.png"), np.full((side, side, 3), 200, np.uint8))
+        cv2.imwrite(str(folder / f"masks/p{i}_a.png"), mask)
+        (folder / f"types/p{i}_a.csv").write_text("id,type\n4,tumour\n")
+    return folder
+
+
+def test_masks_of_several_sizes_become_patches_of_one(tmp_path):
+    patches = prepare_image_masks(write_masks(tmp_path / "src"), tmp_path / "dst", ABOUT, 64, HALF)
+    assert [patch.name for patch in patches.index] == ["p0_a_0_0", "p1_a_0_0", "p1_a_0_26", "p1_a_26_0", "p1_a_26_26"]
+    assert patches.class_names == ("background", "tumour")
+    assert {patch.group: patch.split for patch in patches.index}.keys() == {"p0", "p1"}
+    assert {patch.split for patch in patches.index} == {"train", "validation"}
+    assert np.unique(patches.instances[0]).tolist() == [0, 1, 2]
+    assert patches.types[0][10, 10] == 1
+    assert patches.types[0][45, 45] == 255  # the table leaves it out
+    assert check(tmp_path / "dst")[0].faults == ()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda src: (src / "masks/p1_a.png").unlink(), r"masks/p1_a\.png is missing"),
+        (lambda src: (src / "types/p0_a.csv").unlink(), r"types/p0_a\.csv must be a table"),
+        (lambda src: (src / "types/p0_a.csv").write_text("id,type\n4,a\n4,b\n"), r"p0_a\.csv: the ids \[4\] repeat"),
+        (lambda src: (src / "types/p0_a.csv").write_text("id,type\n7,a\n"), r"mask has not: \[7\]"),
+        (lambda src: cv2.imwrite(str(src / "masks/p0_a.png"), np.zeros((9, 9), np.uint8)), r"p0_a\.png is 9 x 9 px"),
+        (lambda src: cv2.imwrite(str(src / "masks/p0_a.png"), np.zeros((64, 64, 3), np.uint8)), "one channel"),
+        (lambda src: (src / "images/p0_a.png").write_text("text"), r"images/p0_a\.png cannot be read"),
+    ],
+)
+def test_faults_of_masks_are_refused_by_file(tmp_path, spoil, message):
+    src = write_masks(tmp_path / "src")
+    spoil(src)
+    with pytest.raises(DataError, match=message):
+        prepare_image_masks(src, tmp_path / "dst", ABOUT, 64, HALF)
+
+
+def test_types_outside_the_list_and_small_images_are_refused(tmp_path):
+    src = write_masks(tmp_path / "src")
+    with pytest.raises(DataError, match=r"types \['tumour'\], which are not among \['other'\]"):
+        prepare_image_masks(src, tmp_path / "dst", ABOUT, 64, HALF, ["other"])
+    with pytest.raises(DataError, match=r"p0_a\.png is smaller than a patch of 80 px"):
+        prepare_image_masks(src, tmp_path / "dst", ABOUT, 80, HALF)
+
+
+def feature(corners, name: str | None) -> dict:
+    properties = {"objectType": "annotation"} | ({"classification": {"name": name}} if name else {})
+    ring = [*corners, corners[0]]
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": properties}
+
+
+def square(x: float, y: float, side: float) -> list[list[float]]:
+    return [[x, y], [x + side, y], [x + side, y + side], [x, y + side]]
+
+
+def write_qupath(folder: Path, mpp_objects: list[dict], stem: str = "a") -> Path:
+    folder.mkdir(exist_ok=True)
+    image = np.full((100, 140, 3), 200, np.uint8)
+    image[20:30, 10:20] = (90, 50, 140)
+    cv2.imwrite(str(folder / f"{stem}.png"), image[..., ::-1])
+    (folder / f"{stem}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": mpp_objects}))
+    return folder
+
+
+NUCLEI = [
+    feature(square(10, 20, 10), "Tumour"),
+    feature(square(60, 60, 12), "Stroma"),
+    feature(square(100, 80, 8), None),
+]
+
+
+def test_qupath_annotations_cover_the_pixels_they_outline(tmp_path):
+    for stem in ("a", "b"):
+        write_qupath(tmp_path / "src", NUCLEI, stem)
+    patches = prepare_qupath(tmp_path / "src", tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25)
+    assert patches.class_names == ("background", "Stroma", "Tumour")
+    first = patches.instances[0]
+    np.testing.assert_array_equal(np.argwhere(first == 1)[[0, -1]], [[20, 10], [29, 19]])
+    assert (first == 1).sum() == 100
+    assert (patches.images[0][first == 1] == (90, 50, 140)).all()
+    assert patches.types[0][25, 15] == 2
+    last = patches.types[[patch.name for patch in patches.index].index("a_36_76")]
+    assert last[80 - 36 + 2, 100 - 76 + 2] == 255  # without a class
+    assert check(tmp_path / "dst")[0].faults == ()
+
+
+def test_qupath_regions_are_read_at_the_resolution_asked_for(tmp_path):
+    objects = [*NUCLEI, feature(square(0, 10, 64), "Region*")]
+    for stem in ("a", "b"):
+        write_qupath(tmp_path / "src", objects, stem)
+    patches = prepare_qupath(tmp_path / "src", tmp_path / "dst", ABOUT, 128, HALF, image_mpp=0.5)
+    assert [patch.name for patch in patches.index] == ["a_20_0", "b_20_0"]
+    assert (patches.instances[0] == 1).sum() == 400  # 10 px at 0.5 are 20 at 0.25
+
+
+def test_faults_of_qupath_annotations_come_all_at_once(tmp_path):
+    src = write_qupath(tmp_path / "src", NUCLEI)
+    write_qupath(src, [*NUCLEI, feature([[0, 0], [90, 0], [0, 90]], "Region*")], "b")
+    write_qupath(src, [{"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}], "c")
+    write_qupath(src, NUCLEI, "d")
+    (src / "d.geojson").unlink()
+    with pytest.raises(DataError, match=r"(?s)c\.geojson, object 0, is a Point.*d\.geojson is missing.*rectangle"):
+        prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25)
+    with pytest.raises(DataError, match=r"classes \['Stroma'\], which are not among \['Tumour'\]"):
+        prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25, classes=["Tumour"])
+    with pytest.raises(DataError, match="does not state its resolution"):
+        prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF)
+
+
+def test_a_split_table_is_followed_and_must_be_complete(tmp_path):
+    src = write_masks(tmp_path / "src")
+    table = tmp_path / "splits.csv"
+    table.write_text("name,group,split\np0_a,x,test\np1_a,y,train\n")
+    patches = prepare_image_masks(src, tmp_path / "dst", ABOUT, 64, Splits(table))
+    assert [(patch.group, patch.split) for patch in patches.index[:2]] == [("x", "test"), ("y", "train")]
+    table.write_text("name,group,split\np0_a,x,test\np0_a,x,testing\n")
+    with pytest.raises(DataError, match=r"(?s)p0_a is there twice.*p1_a is not there.*'testing'"):
+        prepare_image_masks(src, tmp_path / "dst2", ABOUT, 64, Splits(table))
+
+
+def test_groups_are_never_divided_between_splits():
+    names = [f"p{patient}_{number}" for patient in range(10) for number in range(3)]
+    places = Splits(validation=0.2, test=0.2).of(names)
+    splits: dict[str, set[str]] = {}
+    for group, split in places.values():
+        splits.setdefault(group, set()).add(split)
+    assert all(len(of) == 1 for of in splits.values())
+    assert [sum(split == name for _, split in places.values()) for name in ("train", "validation", "test")] == [
+        18,
+        6,
+        6,
+    ]
+
+
+@pytest.mark.parametrize(("length", "side"), [(64, 64), (65, 64), (200, 64), (128, 64)])
+def test_windows_cover_every_pixel_and_no_more(length, side):
+    starts = windows(length, side)
+    covered = np.zeros(length, bool)
+    for start in starts:
+        covered[start : start + side] = True
+    assert covered.all()
+    assert starts[0] == 0
+    assert starts[-1] + side == length
+    assert len(starts) == -(-length // side)
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_check_names_every_fault_at_once_and_draws_the_rest(pannuke, tmp_path):
+    patches = prepare_pannuke(pannuke, tmp_path / "dst")
+    draw_sheet(patches, tmp_path / "sheet.png")
+    assert cv2.imread(str(tmp_path / "sheet.png")).std() > 20
+    types, instances = np.load(tmp_path / "dst/types.npy"), np.load(tmp_path / "dst/instances.npy").astype(np.int32)
+    types[1][instances[1] > 0] = 77
+    types[2][instances[2] > 0] = 0
+    instances[4, 0, 0] = -1
+    np.save(tmp_path / "dst/types.npy", types)
+    np.save(tmp_path / "dst/instances.npy", instances)
+    index = (tmp_path / "dst/index.csv").read_text().replace("fold1_0001,fold1_0001", "fold1_0000,fold3_0000")
+    (tmp_path / "dst/index.csv").write_text(index)
+    report, _ = check(tmp_path / "dst")
+    text = "; ".join(report.faults)
+    for part in (
+        r"image 1 (fold1_0000): the types [77]",
+        "image 2 (fold1_0002): there are nuclei of the type background",
+        "image 4 (fold2_0001): a nucleus has a negative number",
+        "the name fold1_0000 repeats",
+    ):
+        assert part in text
+    assert any("1 groups are in several splits" in doubt for doubt in report.doubts)
+
+
+def test_a_check_of_torn_files_names_them_all(tmp_path):
+    (tmp_path / "dataset.json").write_text("{}")
+    np.save(tmp_path / "instances.npy", np.array([{}], dtype=object), allow_pickle=True)
+    report, patches = check(tmp_path)
+    assert patches is None
+    assert [name for name in ("dataset.json", "images.npy", "instances.npy") if name in "; ".join(report.faults)] == [
+        "dataset.json", "images.npy", "instances.npy",
+    ]  # fmt: skip

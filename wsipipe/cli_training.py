@@ -1,0 +1,157 @@
+"""The commands around training: `data`, `evaluate`, `table`. As in `wsipipe.cli`, nothing heavy is imported here."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wsipipe.errors import DataError
+
+data = typer.Typer(help="Make and check patch sets: the data that networks train on.", no_args_is_help=True)
+prepare = typer.Typer(help="Turn annotated images into a patch set.", no_args_is_help=True)
+data.add_typer(prepare, name="prepare")
+
+Src = Annotated[
+    Path, typer.Argument(exists=True, file_okay=False, help="folder of the data as their authors publish it")
+]
+Own = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="folder of your images")]
+Dst = Annotated[Path, typer.Argument(help="folder of the patch set; nothing there is overwritten")]
+Mpp = Annotated[float, typer.Option("--mpp", help="µm per pixel that the patches are to have")]
+PatchPx = Annotated[int, typer.Option("--patch-px", min=32, help="side of a patch")]
+SplitTable = Annotated[Path | None, typer.Option("--split-table", exists=True, help="CSV of name, group and split")]
+Validation = Annotated[float, typer.Option("--validation", min=0, max=0.9, help="share of images that validate")]
+Test = Annotated[float, typer.Option("--test", min=0, max=0.9, help="share of images that are kept for the test")]
+Types = Annotated[
+    str | None, typer.Option("--types", help="names of the types, with commas  [default: all that occur]")
+]
+Name = Annotated[str | None, typer.Option("--name", help="name of the set  [default: that of the folder]")]
+Licence = Annotated[str, typer.Option("--licence", help="licence of the annotations")]
+
+
+class ConicSplit(StrEnum):
+    """How CoNIC is split."""
+
+    patient = "patient"
+    published = "published"
+
+
+@prepare.command()
+def pannuke(src: Src, dst: Dst) -> None:
+    """PanNuke: `Fold N/{images,masks}/foldN/*.npy`."""
+    from wsipipe.training.sources.pannuke import prepare_pannuke
+
+    typer.echo(f"{len(prepare_pannuke(src, dst))} images in three folds: {dst}")
+
+
+@prepare.command()
+def conic(
+    src: Src,
+    dst: Dst,
+    split: Annotated[
+        ConicSplit, typer.Option("--split", help="by patient, or tiles as published")
+    ] = ConicSplit.patient,
+) -> None:
+    """CoNIC: `images.npy`, `labels.npy`, `counts.csv`, `patient_info.csv`; to DST/native and DST/enlarged."""
+    from wsipipe.training.sources.conic import prepare_conic
+
+    native, enlarged = prepare_conic(src, dst, split.value)
+    typer.echo(f"{len(native)} images: {native.folder}; {len(enlarged)} enlarged windows: {enlarged.folder}")
+
+
+@prepare.command()
+def cellvit(src: Src, dst: Dst, mpp: Mpp = 0.25) -> None:
+    """A data folder of CellViT or CellVTA: `fold*/images/*.png`, `fold*/labels/*.npy`."""
+    from wsipipe.training.sources.cellvit import prepare_cellvit
+
+    typer.echo(f"{len(prepare_cellvit(src, dst, mpp))} images: {dst}")
+
+
+@prepare.command()
+def qupath(
+    src: Own,
+    dst: Dst,
+    mpp: Mpp = 0.25,
+    image_mpp: Annotated[float | None, typer.Option("--image-mpp", help="of images that do not say it")] = None,
+    patch_px: PatchPx = 256,
+    types: Types = None,
+    split_table: SplitTable = None,
+    validation: Validation = 0.2,
+    test: Test = 0.0,
+    name: Name = None,
+    licence: Licence = "not stated",
+) -> None:
+    """Images or slides with QuPath's objects beside them: `<stem>.svs` and `<stem>.geojson`."""
+    from wsipipe.training.sources.annotated import Splits, prepare_qupath
+    from wsipipe.training.write import Description
+
+    about = Description(name or src.name, mpp, None, "annotated in QuPath", licence)
+    made = prepare_qupath(
+        src, dst, about, patch_px, Splits(split_table, validation, test), classes=_names(types), image_mpp=image_mpp
+    )
+    typer.echo(f"{len(made)} patches: {dst}")
+
+
+@prepare.command()
+def masks(
+    src: Own,
+    dst: Dst,
+    mpp: Annotated[float, typer.Option("--mpp", help="µm per pixel of the images")],
+    patch_px: PatchPx = 256,
+    types: Types = None,
+    split_table: SplitTable = None,
+    validation: Validation = 0.2,
+    test: Test = 0.0,
+    name: Name = None,
+    licence: Licence = "not stated",
+) -> None:
+    """`images/<stem>.*`, `masks/<stem>.png` (numbered nuclei) and, for types, `types/<stem>.csv` (id,type)."""
+    from wsipipe.training.sources.annotated import Splits, prepare_image_masks
+    from wsipipe.training.write import Description
+
+    about = Description(name or src.name, mpp, None, "images with instance masks", licence)
+    made = prepare_image_masks(src, dst, about, patch_px, Splits(split_table, validation, test), _names(types))
+    typer.echo(f"{len(made)} patches: {dst}")
+
+
+@data.command()
+def check(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="folder of a patch set")],
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", help="PNG of a contact sheet  [default: FOLDER/sheet.png]")
+    ] = None,
+) -> None:
+    """Look at all of a patch set: every fault at once, counts beside the published ones, a contact sheet."""
+    from wsipipe.training.check import check as look
+    from wsipipe.training.check import draw_sheet
+
+    report, patches = look(folder)
+    typer.echo(json.dumps(report.counts, indent=1))
+    for doubt in report.doubts:
+        typer.echo(f"note   {doubt}")
+    for fault in report.faults:
+        typer.echo(f"fault  {fault}")
+    if patches is not None:
+        draw_sheet(patches, sheet or folder / "sheet.png")
+        typer.echo(f"contact sheet: {sheet or folder / 'sheet.png'}")
+    if report.faults:
+        raise DataError(f"{folder} has {len(report.faults)} faults; see above")
+
+
+@data.command()
+def miniature(
+    which: Annotated[str, typer.Argument(help="pannuke or conic")],
+    dst: Annotated[Path, typer.Argument(help="folder, laid out as the real one")],
+    side: Annotated[int, typer.Option("--side", min=64, help="of an image, px")] = 256,
+) -> None:
+    """Draw a data set in the layout of the real one, to try the whole way in minutes."""
+    from wsipipe.training.miniature import make_conic, make_pannuke
+
+    if which not in ("pannuke", "conic"):
+        raise DataError(f"'{which}' is not drawn in miniature; there are pannuke and conic")
+    (make_pannuke if which == "pannuke" else make_conic)(dst, side=side)
+
+
+def _names(types: str | None) -> list[str] | None:
+    return None if types is None else [name.strip() for name in types.split(",") if name.strip()]
