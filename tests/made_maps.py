@@ -50,3 +50,40 @@ def maps_of(labels: npt.NDArray[np.int32], noise: float = 0.0, seed: int = 0) ->
     kind = np.where(labels > 0, 1 + labels % 3, 0)
     types = np.stack([np.round(200 * np.clip(blurred(kind == k), 0, 1)) for k in range(len(TYPES))]).astype(np.uint8)
     return Maps(nuclei, offsets, types)
+
+
+# -- scenes, each 600 x 700 px -------------------------------------------------------------------------------------
+
+
+def crowded() -> npt.NDArray[np.int32]:
+    return crowd((600, 700), 27, 1)
+
+
+def apart() -> npt.NDArray[np.int32]:
+    return crowd((600, 700), 45, 2)
+
+
+def chain_along_seams() -> npt.NDArray[np.int32]:
+    """Touching nuclei, 700 px in a row: on the seams of blocks of 192 and 256 px, and down a column."""
+    rows = [(x, y, 14, 11, 0.1 * x) for y in (192, 256, 384) for x in range(10, 700, 23)]
+    return draw_ellipses((600, 700), rows + [(192, y, 12, 13, 0.2 * y) for y in range(8, 600, 22)])
+
+
+def on_corners() -> npt.NDArray[np.int32]:
+    corners = [(x, y) for x in (192, 256, 384, 512, 576) for y in (192, 256, 384, 512)]
+    return draw_ellipses((600, 700), [(x + dx, y + dy, 17, 12, x) for x, y in corners for dx, dy in ((0, 0), (20, 5))])
+
+
+def at_the_edge() -> npt.NDArray[np.int32]:
+    sides = [(x, y, 14, 12, x + y) for x in range(0, 701, 25) for y in (0, 4, 596, 600)]
+    return draw_ellipses((600, 700), sides + [(x, y, 14, 12, y) for x in (0, 3, 698, 700) for y in range(0, 601, 26)])
+
+
+def wide() -> npt.NDArray[np.int32]:
+    """Nuclei as wide as the halo, among small ones."""
+    giants = [(x, y, 63, 40, x) for x, y in ((190, 200), (400, 256), (256, 450), (560, 384), (70, 500))]
+    labels, giant = crowd((600, 700), 30, 4), draw_ellipses((600, 700), giants)
+    return np.where(giant > 0, giant + labels.max(), labels).astype(np.int32)
+
+
+SCENES = {scene.__name__: scene for scene in (crowded, apart, chain_along_seams, on_corners, at_the_edge, wide)}

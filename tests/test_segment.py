@@ -14,7 +14,6 @@ import geopandas
 import numpy as np
 import pytest
 import shapely
-from dask.distributed import LocalCluster
 
 from wsipipe.config import Config, load_config
 from wsipipe.errors import ConfigError, StoreError
@@ -68,27 +67,11 @@ def test_the_stages_one_by_one_give_the_bytes_of_the_whole(tiny, oracle, tmp_pat
     assert results(folder.path) == results(tmp_path / "whole")
 
 
-def test_chunks_and_schedulers_change_no_byte_of_the_table(tiny, oracle, tmp_path):
-    small = load_config(overrides={"maps": {"chunk_tiles": 1}})
+def test_chunks_change_no_byte_of_the_table(tiny, oracle, tmp_path):
     run(tiny.path, tmp_path / "large", oracle)
-    run(tiny.path, tmp_path / "small", oracle, small)
+    run(tiny.path, tmp_path / "small", oracle, load_config(overrides={"maps": {"chunk_tiles": 1}}))
     tables = {(tmp_path / name / "nuclei.parquet").read_bytes() for name in ("large", "small")}
-    with open_slide(tiny.path) as slide:
-        maps = tmp_path / "small" / "maps.zarr"
-        for scheduler in ("threads", "processes"):
-            out = tmp_path / f"{scheduler}.parquet"
-            make_nuclei(slide, maps, out, small.nuclei, scheduler=scheduler, workers=2)
-            tables.add(out.read_bytes())
     assert len(tables) == 1
-
-
-@pytest.mark.filterwarnings("ignore")  # of distributed, whose ports and processes are its own
-def test_an_existing_cluster_gives_the_same_table(tiny, oracle, tmp_path):
-    run(tiny.path, tmp_path / "out", oracle)
-    out = tmp_path / "cluster.parquet"
-    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster, open_slide(tiny.path) as s:
-        make_nuclei(s, tmp_path / "out" / "maps.zarr", out, Config().nuclei, scheduler=cluster.scheduler_address)
-    assert out.read_bytes() == (tmp_path / "out" / "nuclei.parquet").read_bytes()
 
 
 def test_a_second_run_leaves_everything_as_it_is(tiny, oracle, tmp_path):
@@ -179,7 +162,7 @@ def test_an_error_while_nuclei_are_found_stops_the_run_with_its_block(tiny, orac
 @pytest.mark.parametrize(("scheduler", "message"), [("fibres", "is none of threads"), ("tcp://127.0.0.1:9", "no Dask")])
 @pytest.mark.filterwarnings("ignore")
 def test_a_scheduler_that_is_not_there_is_refused(scheduler, message, tiny, oracle, tmp_path, monkeypatch):
-    monkeypatch.setattr("wsipipe.stages.nuclei.ANSWER_S", 1)
+    monkeypatch.setattr("wsipipe.stages.workers.ANSWER_S", 1)
     with pytest.raises(ConfigError, match=message):
         run(tiny.path, tmp_path / "out", oracle, scheduler=scheduler)
 

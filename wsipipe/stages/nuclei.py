@@ -1,39 +1,29 @@
 """Find the nuclei of finished maps, block by block under Dask, and store them as one table."""
 
 import logging
-import multiprocessing
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import dask.config
 import pyarrow as pa
 import shapely
-from dask.base import compute
-from dask.delayed import delayed
 
 import wsipipe
 from wsipipe.config import NucleiConfig
-from wsipipe.device import usable_cpus
-from wsipipe.errors import ConfigError, StoreError, WsipipeError
+from wsipipe.errors import ConfigError, StoreError
 from wsipipe.features import BlockQC, nuclei_of_block
 from wsipipe.folder import write_record
 from wsipipe.geometry import Box
 from wsipipe.progress import Progress
 from wsipipe.slide import Slide, open_slide
+from wsipipe.stages.workers import Workers, hired
 from wsipipe.store import MapStore
 from wsipipe.table import NucleiMeta, NucleiSpool, read_nuclei
 
 log = logging.getLogger(__name__)
-
-BLOCKS_PER_WORKER = 4  # handed to Dask at once: bounds memory, and keeps workers busy
-ANSWER_S = 20  # a scheduler that is there answers within a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +41,17 @@ class Sources:
         self.slide, self.store = slide, store
 
     def __reduce__(self) -> tuple[Any, ...]:
-        given_mpp = self.slide.mpp_x0 if self.slide.mpp_source == "given" else None
-        return _open_sources, (self.slide.path, given_mpp, self.store.path, self.store.made_ns)
+        slide, maps = self.slide, self.store.path.absolute()  # a worker may have another working folder
+        path = slide.path if "://" in slide.path else str(Path(slide.path).absolute())
+        given_mpp = slide.mpp_x0 if slide.mpp_source == "given" else None
+        return _open_sources, (wsipipe.__version__, path, given_mpp, maps, self.store.made_ns)
 
 
 @lru_cache(maxsize=2)
-def _open_sources(slide: str, mpp: float | None, maps: Path, made_ns: int) -> Sources:
+def _open_sources(version: str, slide: str, mpp: float | None, maps: Path, made_ns: int) -> Sources:
     """One a process, shared by its threads; `made_ns` tells stores apart that had the same path one after another."""
+    if version != wsipipe.__version__:
+        raise ConfigError(f"a worker has wsipipe {wsipipe.__version__}, not {version}; install the same everywhere")
     return Sources(open_slide(slide, mpp), MapStore.open(maps, unfinished=True))
 
 
@@ -114,15 +108,16 @@ class NucleiRun:
         around = meta.chunk_box(index).grown(self._config.halo_px)
         return set(meta.chunk_indices(around)) & self._store.wanted.keys()
 
-    def process(self, indices: Iterable[int]) -> None:
-        """Find the nuclei of blocks, all at once; the maps they need must be there."""
-        assert self._spool is not None
-        meta = self._store.meta
-        sources = delayed(Sources(self._slide, self._store), traverse=False)
-        tasks = [delayed(find_nuclei)(sources, index, meta.chunk_box(index), self._config) for index in indices]
-        for index, nuclei, qc in compute(*tasks):
+    def process(self, indices: Iterable[int], workers: Workers) -> Iterator[int]:
+        """Find the nuclei of blocks, whose maps must be there; yields each block when it is stored."""
+        if self._spool is None:  # all of them are in the table
+            return
+        sources, box = Sources(self._slide, self._store), self._store.meta.chunk_box
+        calls = ((index, (sources, box(index), self._config)) for index in indices)
+        for index, (nuclei, qc) in workers.results(find_nuclei, calls):
             self._spool.add(index, nuclei, asdict(qc))
             self._done.add(index)
+            yield index
 
     def finish(self) -> NucleiSummary:
         """Write the table.
@@ -179,65 +174,33 @@ def make_nuclei(
     MapStore.open(maps)  # complete, or a clear refusal
     run = NucleiRun(slide, maps, out, config, overwrite=overwrite)
     with (
-        scheduled(scheduler, workers) as parallel,
+        hired(scheduler, workers) as crew,
         Progress(len(run.todo), "blocks", f"nuclei of {slide.name}", shown=progress) as bar,
     ):
-        todo = iter(run.todo)
-        while some := list(islice(todo, parallel * BLOCKS_PER_WORKER)):
-            run.process(some)
-            bar.advance(len(some))
+        for _ in run.process(run.todo, crew):
+            bar.advance()
     return run.finish()
 
 
-def find_nuclei(sources: Sources, index: int, core: Box, config: NucleiConfig) -> tuple[int, pa.RecordBatch, BlockQC]:
+def find_nuclei(sources: Sources, core: Box, config: NucleiConfig) -> tuple[pa.RecordBatch, BlockQC]:
     """The nuclei that a block owns; runs on any worker that sees the files."""
     slide, store = sources.slide, sources.store
     grid, read = store.meta.grid, core.grown(config.halo_px)
-    try:
-        nuclei, qc = nuclei_of_block(
-            store.read(read),
-            read,
-            core,
-            grid,
-            store.meta.spec.class_names,
-            store.meta.fingerprint,
-            slide.read(read, grid),
-            config,
-        )
-    except WsipipeError as error:
-        raise type(error)(f"block {index} (working px {core}): {error}") from error
+    nuclei, qc = nuclei_of_block(
+        store.read(read),
+        read,
+        core,
+        grid,
+        store.meta.spec.class_names,
+        store.meta.fingerprint,
+        slide.read(read, grid),
+        config,
+    )
     region = store.meta.tissue_settings.get("region")
     if region is not None:  # the mask holds tiles to it coarsely
         inside = shapely.contains_xy(shapely.from_wkt(region), nuclei["x_px0"], nuclei["y_px0"])
         nuclei = nuclei.filter(pa.array(inside))
-    return index, nuclei, qc
-
-
-@contextmanager
-def scheduled(scheduler: str, workers: int | None) -> Iterator[int]:
-    """Let Dask compute with a scheduler; yields how many blocks it works on at once."""
-    count = usable_cpus() if workers is None else workers
-    if count < 1:
-        raise ConfigError(f"{count} workers do nothing; give at least 1")
-    if scheduler == "threads":
-        with dask.config.set(scheduler="threads", num_workers=count):
-            yield count
-    elif scheduler == "processes":
-        # One pool for all blocks: Dask's own would start, and import everything, for every few of them.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, context) as pool, dask.config.set(scheduler="processes", pool=pool):
-            yield count
-    elif "://" in scheduler:
-        from distributed import Client
-
-        try:
-            client = Client(scheduler, timeout=ANSWER_S)
-        except OSError as error:
-            raise ConfigError(f"no Dask scheduler answers at {scheduler} ({error}); check the address") from error
-        with client:
-            yield max(1, sum(client.nthreads().values()))
-    else:
-        raise ConfigError(f"--scheduler {scheduler} is none of threads, processes, tcp://HOST:PORT")
+    return nuclei, qc
 
 
 def _existing(out: Path, meta: NucleiMeta) -> NucleiMeta | None:

@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from wsipipe.model.spec import ModelSpec
 from wsipipe.slide import Slide
 from wsipipe.stages.export import make_export
 from wsipipe.stages.maps import MapsSummary, make_maps
-from wsipipe.stages.nuclei import BLOCKS_PER_WORKER, NucleiRun, NucleiSummary, scheduled
+from wsipipe.stages.nuclei import NucleiRun, NucleiSummary
 from wsipipe.stages.tissue import find_tissue, write_tissue
+from wsipipe.stages.workers import hired
 from wsipipe.table import NucleiMeta
 
 log = logging.getLogger(__name__)
@@ -159,8 +161,9 @@ class _NucleiBehind:
         if self._error is not None:
             raise self._error
         run = self._run or NucleiRun(*self._arguments, overwrite=self._overwrite)
-        with scheduled(self._scheduler, self._workers) as parallel:
-            _process(run, run.todo, parallel)
+        if run.todo:
+            with hired(self._scheduler, self._workers) as crew:
+                deque(run.process(run.todo, crew), maxlen=0)
         return run.finish()
 
     def _stop(self) -> None:
@@ -170,20 +173,13 @@ class _NucleiBehind:
 
     def _work(self, run: NucleiRun) -> None:
         try:
-            with scheduled(self._scheduler, self._workers) as parallel:
+            with hired(self._scheduler, self._workers) as crew:
                 there: set[int] = set()
                 waiting = {index: run.needs(index) for index in run.todo}
                 while (index := self._chunks.get()) is not None:
                     there.add(index)
                     ready = [block for block, needs in waiting.items() if needs <= there]
-                    _process(run, ready, parallel)
-                    for block in ready:
+                    for block in run.process(ready, crew):
                         del waiting[block]
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for this thread
             self._error = error
-
-
-def _process(run: NucleiRun, blocks: list[int], parallel: int) -> None:
-    step = parallel * BLOCKS_PER_WORKER
-    for start in range(0, len(blocks), step):
-        run.process(blocks[start : start + step])
