@@ -1,0 +1,129 @@
+"""What the model that ships is worth: every figure of its card, through the whole of `segment`.
+
+    python benchmarks/default_model.py --sets FOLDER [--model NAME|PATH] [--slide SLIDE]
+
+`--sets` holds the published sets as `wsipipe.training.prepare` wants them; by default a folder `shared/data` beside
+the project. Without it only what needs no data is measured. The last line is JSON: by set `bpq`, `dice`, `f1` (the
+first and the last at IoU > 0.5), means over the test images at their own resolution; `typed_f1`, the mean over the
+three large types of the F1 of detection on CoNSeP; `half_resolution_loss`, by how much bPQ falls on CoNSeP at twice
+the µm/px; `fp32_difference`, the largest change of the figures from the machine's precision to fp32; `false_per_mm2`,
+nuclei in pictures without any; `slide_s`, seconds of `wsipipe segment` for `--slide`, imports included.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import skimage.data
+from skimage.color import rgb2hed
+from skimage.measure import block_reduce
+
+from wsipipe.config import Config
+from wsipipe.model.weights import DEFAULT_MODEL, load_model
+from wsipipe.training.data import PatchSet
+from wsipipe.training.evaluate import evaluate, segment_image
+from wsipipe.training.prepare import DEFAULT_SETS, prepare_masks
+
+TESTED = ("consep", "tnbc_naylor")
+LARGE_TYPES = ("inflammatory", "epithelial", "spindle-shaped")
+MPP = 0.25
+SIDE_PX = 2000  # of pictures without nuclei: 0.25 mm²
+NAMES = ("bpq", "dice", "f1")
+
+Model = tuple[Any, Any, str]
+Image = npt.NDArray[np.uint8]
+
+
+def figures(scores: dict[str, Any]) -> dict[str, float]:
+    return dict(zip(NAMES, (scores["bPQ"], scores["dice"], scores["bDQ"]), strict=True))
+
+
+def halved(patches: PatchSet) -> PatchSet:
+    """The set at twice its µm/px: images averaged, of four pixels of a mask the first."""
+    n, height, width = (len(patches), *(side // 2 for side in patches.images.shape[1:3]))
+    images = np.empty((n, height, width, 3), np.uint8)
+    for image, half in zip(patches.images, images, strict=True):
+        half[:] = image[: 2 * height, : 2 * width].reshape(height, 2, width, 2, 3).mean((1, 3)).round()
+    first = np.s_[:, : 2 * height : 2, : 2 * width : 2]
+    return replace(
+        patches, mpp=2 * patches.mpp, images=images, instances=patches.instances[first], types=None, trusted=None
+    )
+
+
+def pictures_without_nuclei() -> dict[str, Image]:
+    """Glass, noise about the colour of glass and of eosin, and the IHC picture's patches without haematoxylin."""
+    rng = np.random.default_rng(0)
+    shape = (SIDE_PX, SIDE_PX, 3)
+    ihc = skimage.data.immunohistochemistry()
+    blue = block_reduce(rgb2hed(ihc)[..., 0], (64, 64), np.max)
+    quiet = [ihc[64 * y : 64 * y + 64, 64 * x : 64 * x + 64] for y, x in np.argwhere(blue < np.quantile(blue, 0.15))]
+    side = -(-SIDE_PX // 64)
+    chosen = rng.integers(len(quiet), size=(side, side))
+    mosaic = np.concatenate([np.concatenate([quiet[i] for i in row], axis=1) for row in chosen])
+    return {
+        "blank": np.full(shape, 243, np.uint8),
+        "noise": np.clip(rng.normal(200, 25, shape), 0, 255).astype(np.uint8),
+        "pink_noise": np.clip(rng.normal((225, 160, 195), 20, shape), 0, 255).astype(np.uint8),
+        "ihc_background": mosaic[:SIDE_PX, :SIDE_PX],
+    }
+
+
+def false_per_mm2(model: Model, image: Image) -> float:
+    return int(segment_image(model, image, MPP, Config()).instance_map.max()) / (image.shape[0] * MPP / 1000) ** 2
+
+
+def seconds_of(slide: Path, model: str) -> float:
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "wsipipe", "-q", "segment", str(slide), "-o", out, "--model", model]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=Path, default=beside)
+    parser.add_argument("--slide", type=Path, default=beside / "slides" / "CMU-1-Small-Region.svs")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    arguments = parser.parse_args()
+    model = load_model(arguments.model)
+    found: dict[str, Any] = {"model": model[1].name, "weights_sha256": model[2]}
+
+    empty = {name: false_per_mm2(model, image) for name, image in pictures_without_nuclei().items()}
+    found["false_per_mm2"] = {name: round(value, 2) for name, value in empty.items()}
+    print(f"nuclei found per mm² where there are none: {found['false_per_mm2']}", flush=True)
+    if arguments.slide.exists():
+        found["slide_s"] = round(seconds_of(arguments.slide, arguments.model), 1)
+        print(f"{arguments.slide.name}: {found['slide_s']} s", flush=True)
+    if arguments.sets.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            sets = {
+                name: prepare_masks(arguments.sets / name, Path(folder) / name, DEFAULT_SETS[name]) for name in TESTED
+            }
+            differences = []
+            for name, patches in sets.items():
+                scores = evaluate(model, patches, "test")
+                found[name] = {key: round(value, 4) for key, value in figures(scores).items()}
+                if patches.types is not None:
+                    f1 = {kind: round(scores["types"][kind]["f1"], 4) for kind in LARGE_TYPES}
+                    found["f1_by_type"], found["typed_f1"] = f1, round(float(np.mean(list(f1.values()))), 4)
+                print(f"{patches.name}, test: {found[name]}", flush=True)
+                exact = figures(evaluate(model, patches, "test", precision="fp32"))
+                differences += [abs(exact[key] - figures(scores)[key]) for key in NAMES]
+            found["fp32_difference"] = round(max(differences), 4)
+            half = evaluate(model, halved(sets["consep"]), "test")
+            found["half_resolution_loss"] = round(found["consep"]["bpq"] - half["bPQ"], 4)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
