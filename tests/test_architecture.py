@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "wsipipe"
 PURE = (
-    "geometry", "tissue", "tiles", "maps", "instances", "outlines", "features", "neighbours", "metrics",
+    "geometry", "tissue", "tiles", "maps", "instances", "outlines", "features", "neighbours", "seams", "metrics",
     "training.targets",
 )  # fmt: skip
 SHELL = ("slide", "store", "stages")

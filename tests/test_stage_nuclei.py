@@ -1,5 +1,6 @@
 """From finished maps to the table: the same bytes however the slide is cut and whoever works on it, and what fails."""
 
+import json
 import os
 import signal
 import time
@@ -28,7 +29,7 @@ from wsipipe.stages import workers as crew
 from wsipipe.stages.nuclei import make_nuclei
 from wsipipe.stages.workers import hired
 from wsipipe.store import MapStore, StoreMeta
-from wsipipe.table import NucleiSpool
+from wsipipe.table import NucleiSpool, read_nuclei
 from wsipipe.tiles import TileGeometry
 
 CONFIG = NucleiConfig()
@@ -78,7 +79,7 @@ class Made:
                 config_hash="",
             )
         chunks = meta.chunk_indices(grid.box)
-        with MapStore.resume_or_create(path, meta, dict.fromkeys(chunks, 1), np.ones((1, 1), bool)) as store:
+        with MapStore.resume_or_create(path, meta, dict.fromkeys(chunks, 1), np.ones(grid.box.shape, bool)) as store:
             for index in chunks:
                 part = (..., *meta.chunk_box(index).slices)
                 store.write_chunk(index, Maps(self.maps.nuclei[part], self.maps.offsets[part], self.maps.types[part]))
@@ -148,6 +149,21 @@ def test_blocks_may_finish_in_any_order(made: Made, monkeypatch: pytest.MonkeyPa
     assert stored[0] != 0
     monkeypatch.undo()
     assert table == made.table(WHOLE)
+
+
+def test_the_record_tells_of_seams_and_of_nuclei_wider_than_the_halo(made: Made) -> None:
+    made.table(192)
+    record = json.loads((made.folder / "nuclei.parquet.json").read_text())
+    seams = record["seams"]
+    assert set(seams) == {
+        "near_um", "seam_mm", "near", "elsewhere", "near_mm2", "elsewhere_mm2", "density_ratio", "density_ratio_sd",
+        "straight", "straight_elsewhere", "crossing", "overlaps", "shows",
+    }  # fmt: skip
+    assert seams["seam_mm"] == pytest.approx((4 * 840 + 4 * 960) * 0.25 / 1000)
+    assert seams["crossing"] > 100
+    assert seams["overlaps"] == 0
+    assert record["qc"]["wide"] == 0
+    assert record["qc"]["nuclei"] == read_nuclei(made.folder / "nuclei.parquet")[0].count
 
 
 # -- a cluster ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import shapely
 
@@ -18,20 +19,22 @@ from wsipipe.features import BlockQC, nuclei_of_block
 from wsipipe.folder import write_record
 from wsipipe.geometry import Box
 from wsipipe.progress import Progress
+from wsipipe.seams import SeamCheck, SeamFigures
 from wsipipe.slide import Slide, open_slide
 from wsipipe.stages.workers import Workers, hired
 from wsipipe.store import MapStore
-from wsipipe.table import NucleiMeta, NucleiSpool, read_nuclei
+from wsipipe.table import SQUARE_PX0, NucleiMeta, NucleiSpool, read_nuclei
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class NucleiSummary:
-    """What the stage found; `seconds` is 0 where the table was there already."""
+    """What the stage found; where the table was there already, `seconds` is 0 and `seams` None."""
 
     meta: NucleiMeta
     seconds: float
+    seams: SeamFigures | None = None
 
 
 class Sources:
@@ -131,6 +134,7 @@ class NucleiRun:
             return NucleiSummary(self.finished, 0.0)
         assert self._spool is not None
         meta = self._spool.finish(self._store.wanted)
+        seams = check_seams(self._out, self._store, self._config)
         seconds = time.monotonic() - self.started
         log.info("%s: %d nuclei", self._slide.name, meta.count)
         if meta.qc.get("wide"):
@@ -138,10 +142,19 @@ class NucleiRun:
                 "%d nuclei are wider than the halo of %d px lets blocks see whole; they may be cut or doubled: "
                 "make the nuclei again with a larger nuclei.halo_px", meta.qc["wide"], self._config.halo_px,
             )  # fmt: skip
+        if seams.shows:
+            log.warning("%s: the seams between blocks show in the result: %s", self._slide.name, seams)
         write_record(
-            self._out, maps=str(self._maps), config=meta.config, model=meta.model, nuclei=meta.counts, qc=meta.qc
+            self._out,
+            maps=str(self._maps),
+            config=meta.config,
+            model=meta.model,
+            nuclei=meta.counts,
+            qc=meta.qc,
+            seams=seams.to_json(),
+            seconds=round(seconds, 3),
         )
-        return NucleiSummary(meta, seconds)
+        return NucleiSummary(meta, seconds, seams)
 
 
 def make_nuclei(
@@ -201,6 +214,19 @@ def find_nuclei(sources: Sources, core: Box, config: NucleiConfig) -> tuple[pa.R
         inside = shapely.contains_xy(shapely.from_wkt(region), nuclei["x_px0"], nuclei["y_px0"])
         nuclei = nuclei.filter(pa.array(inside))
     return nuclei, qc
+
+
+def check_seams(table: Path, store: MapStore, config: NucleiConfig) -> SeamFigures:
+    """Whether the nuclei of a table show where the blocks met that they were found in."""
+    side, grid = store.meta.geometry.chunk_px, store.meta.grid
+    wanted = np.zeros((-(-grid.height // side), store.meta.columns), bool)
+    wanted.flat[list(store.wanted)] = True
+    check = SeamCheck(grid, side, wanted, config.halo_px)
+    for batch in read_nuclei(table, ["x_px0", "y_px0", "geometry"])[1]:
+        x, y, outlines = (batch[name].to_numpy(zero_copy_only=False) for name in batch.schema.names)
+        # a table's rows are sorted by rows of squares
+        check.add(x, y, shapely.from_wkb(outlines), y[-1] // SQUARE_PX0 * SQUARE_PX0)
+    return check.figures()
 
 
 def _existing(out: Path, meta: NucleiMeta) -> NucleiMeta | None:

@@ -16,6 +16,7 @@ from wsipipe.config import Config
 from wsipipe.folder import ResultFolder, write_record
 from wsipipe.geojson import Form
 from wsipipe.model.spec import ModelSpec
+from wsipipe.seams import SeamFigures
 from wsipipe.slide import Slide
 from wsipipe.stages.export import make_export
 from wsipipe.stages.maps import MapsSummary, make_maps
@@ -38,6 +39,7 @@ class SegmentSummary:
     maps: MapsSummary
     seconds: dict[str, float]  # by stage; that of nuclei is what was left when the network was done
     peak_mb: float
+    seams: SeamFigures | None  # None where the nuclei were there already
 
 
 def segment(
@@ -93,13 +95,14 @@ def segment(
         export = make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, form=form)
         clock.lap("export")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-    summary = SegmentSummary(folder, export.files, nuclei.meta, tissue.area_mm2, maps, clock.laps, peak)
+    summary = SegmentSummary(folder, export.files, nuclei.meta, tissue.area_mm2, maps, clock.laps, peak, nuclei.seams)
     write_record(
         folder.path / "segment",
         slide=slide.path,
         config=config.model_dump(mode="json"),
         nuclei=nuclei.meta.counts,
         qc=nuclei.meta.qc,
+        seams=nuclei.seams and nuclei.seams.to_json(),
         tissue_mm2=tissue.area_mm2,
         seconds={stage: round(seconds, 3) for stage, seconds in clock.laps.items()},
         seconds_network=round(maps.seconds_network, 3),

@@ -1,0 +1,130 @@
+"""Whether seams show: nothing where blocks are exact, and every fault that cutting makes where they are not."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+import shapely
+from made_maps import TYPES, crowd, maps_of
+
+from wsipipe.config import NucleiConfig
+from wsipipe.features import nuclei_of_block
+from wsipipe.geometry import Grid, partition
+from wsipipe.maps import Maps
+from wsipipe.seams import SeamCheck, SeamFigures
+
+CONFIG = NucleiConfig()
+SIDE = 200
+GRID = Grid(1100, 900, 2.0, 2.0, 0.125, 0.125)
+WANTED = np.ones((5, 6), bool)
+
+
+@pytest.fixture(scope="module")
+def maps() -> Maps:
+    return maps_of(crowd((900, 1100), 27, 1), 0.05)
+
+
+def found(maps: Maps, halo: int, grown: int = 0) -> pa.Table:
+    """Nuclei of blocks that see `halo` px more, and answer for `grown` px more, than they should."""
+    batches = []
+    for core in partition(GRID.box, SIDE):
+        read = core.grown(halo).clipped(GRID.box)
+        part = (..., *read.slices)
+        seen = Maps(maps.nuclei[part], maps.offsets[part], maps.types[part])
+        answers = core.grown(grown).clipped(GRID.box)
+        batches.append(nuclei_of_block(seen, read, answers, GRID, TYPES, "f00d", None, CONFIG)[0])
+    return pa.Table.from_batches(batches).sort_by("y_px0")
+
+
+def checked(nuclei: pa.Table, parts: int = 1, wanted: npt.NDArray[np.bool_] = WANTED, side: int = SIDE) -> SeamFigures:
+    check = SeamCheck(GRID, side, wanted, CONFIG.halo_px)
+    for rows in np.array_split(np.arange(len(nuclei)), parts):
+        x, y, outlines = (nuclei[name].to_numpy()[rows] for name in ("x_px0", "y_px0", "geometry"))
+        check.add(x, y, shapely.from_wkb(outlines), y[-1] if len(y) else 0)
+    return check.figures()
+
+
+def test_exact_blocks_do_not_show(maps: Maps) -> None:
+    figures = checked(found(maps, CONFIG.halo_px))
+    assert not figures.shows
+    assert figures.overlaps == 0
+    assert figures.crossing > 200
+    assert abs(figures.straight - figures.straight_elsewhere) < 12
+    assert figures.density_ratio == pytest.approx(1, abs=3 * figures.density_ratio_sd)
+    assert figures.density_ratio_sd < 0.1
+
+
+def test_nuclei_cut_at_the_seams_show_as_straight_edges_and_as_too_many(maps: Maps) -> None:
+    figures = checked(found(maps, 0))
+    assert figures.shows
+    assert figures.straight > 10 * (figures.straight_elsewhere + 1)
+    assert figures.density_ratio > 1.1
+
+
+def test_nuclei_found_twice_show_as_overlaps(maps: Maps) -> None:
+    once, twice = checked(found(maps, CONFIG.halo_px)), checked(found(maps, CONFIG.halo_px, grown=6))
+    assert twice.shows
+    assert twice.overlaps > 0.2 * once.crossing
+    assert twice.density_ratio > once.density_ratio + 0.15
+
+
+def test_nuclei_lost_at_the_seams_show_as_too_few(maps: Maps) -> None:
+    figures = checked(found(maps, CONFIG.halo_px, grown=-14))
+    assert figures.shows
+    assert figures.density_ratio < 0.7
+
+
+@pytest.mark.parametrize("parts", [2, 7, 60])
+def test_parts_give_the_figures_of_the_whole(maps: Maps, parts: int) -> None:
+    nuclei = found(maps, CONFIG.halo_px, grown=6)
+    assert checked(nuclei, parts) == checked(nuclei)
+
+
+def test_only_seams_between_blocks_with_tissue_count(maps: Maps) -> None:
+    nuclei = found(maps, CONFIG.halo_px)
+    one = np.zeros_like(WANTED)
+    one[2, 2] = True
+    alone = checked(nuclei, wanted=one)
+    assert (alone.seam_mm, alone.near, alone.crossing) == (0, 0, 0)
+    assert alone.density_ratio is None
+    assert not alone.shows
+    one[2, 3] = True
+    pair = checked(nuclei, wanted=one)
+    assert pair.seam_mm == pytest.approx(SIDE * 0.25 / 1000)
+    assert pair.near_mm2 == pair.elsewhere_mm2 == pytest.approx(SIDE * 64 * 0.0625 / 1e6)
+    assert 0 < pair.near < 40
+
+
+def test_centres_and_edges_are_counted_where_they_lie() -> None:
+    grid, wanted = Grid(400, 200, 1.0, 1.0, 0.25, 0.25), np.ones((1, 2), bool)
+
+    def figures(*boxes: tuple[float, float, float, float]) -> dict[str, Any]:
+        check = SeamCheck(grid, 200, wanted, 64)
+        shapes = shapely.box(*np.array(boxes, float).T)
+        centres = shapely.get_coordinates(shapely.centroid(shapes))
+        check.add(centres[:, 0], centres[:, 1], shapes)
+        return check.figures().to_json()
+
+    at = figures((180, 40, 200, 60), (190, 80, 212, 100), (81, 10, 100, 30), (300, 20, 320, 40), (380, 0, 400, 20))
+    # on the seam x = 200 lies one edge, and two centres are near; near the middle x = 100 of the block before it is one
+    # each; the second block has its middle at 300, but no seam behind it, and the slide's edge at 400 is no seam
+    assert [at[key] for key in ("near", "elsewhere", "straight", "straight_elsewhere", "crossing")] == [2, 1, 1, 1, 2]
+    assert at["overlaps"] == 0
+    assert figures((180, 40, 206, 60), (184, 40, 220, 60))["overlaps"] == 1
+    assert figures((180, 40, 201, 60), (199, 40, 220, 60))["overlaps"] == 0
+
+
+def test_a_slide_without_nuclei_has_figures_too() -> None:
+    figures = SeamCheck(GRID, SIDE, WANTED, 64).figures()
+    assert figures.near == 0
+    assert not figures.shows
+    assert figures.to_json()["density_ratio"] is None
+
+
+def test_the_last_block_may_be_a_sliver() -> None:
+    grid = Grid(205, 100, 1.0, 1.0, 0.25, 0.25)
+    figures = SeamCheck(grid, 100, np.ones((1, 3), bool), 64).figures()
+    assert figures.near_mm2 == pytest.approx(100 * (50 + 30) * 0.0625 / 1e6)  # 25 px, and 5 beyond the last seam
+    assert figures.elsewhere_mm2 == pytest.approx(100 * (50 + 50) * 0.0625 / 1e6)

@@ -1,0 +1,225 @@
+"""Whether blocks show in the nuclei that were found: what lies on the seams between them, against what lies elsewhere.
+
+Elsewhere is a line down the middle of the same blocks, as long as the seams and in the same tissue. What nuclei look
+like by nature is then the same on both; what cutting does to them is on the seams alone.
+"""
+
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from wsipipe.geometry import Grid
+
+Floats = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+NEAR_UM = 8.0  # a nucleus lost or doubled at a seam has its centre within about its own width of it
+STRAIGHT_UM = 3.0  # by nature few edges of an outline are as long and parallel to an axis
+OVERLAP = 0.2  # of the smaller nucleus; outlines of neighbours, simplified each for itself, may overlap by a sliver
+ON_LINE_PX = 0.2  # outlines are rounded to 0.1 level-0 px
+SURPRISE = 4.0  # standard deviations
+
+
+@dataclass(frozen=True, slots=True)
+class SeamFigures:
+    """What was found on seams, and on as many and as long lines elsewhere.
+
+    Attributes
+    ----------
+    near_um : float
+        Up to what distance from a line a centre counts as near it.
+    seam_mm : float
+        Length of all seams between blocks with tissue.
+    near, elsewhere : int
+        Centres near a seam, and near a line elsewhere.
+    near_mm2, elsewhere_mm2 : float
+        The area in which they were counted.
+    straight, straight_elsewhere : int
+        Nuclei with a straight edge, 3 µm or longer, that lies on a seam, or on a line elsewhere.
+    crossing : int
+        Nuclei whose outline meets a seam.
+    overlaps : int
+        Pairs of them of which one covers a fifth or more of the smaller.
+    """
+
+    near_um: float = NEAR_UM
+    seam_mm: float = 0.0
+    near: int = 0
+    elsewhere: int = 0
+    near_mm2: float = 0.0
+    elsewhere_mm2: float = 0.0
+    straight: int = 0
+    straight_elsewhere: int = 0
+    crossing: int = 0
+    overlaps: int = 0
+
+    @property
+    def density_ratio(self) -> float | None:
+        """Nuclei per area near seams over those elsewhere; None where there are no seams, or no nuclei elsewhere."""
+        if not self.near_mm2 or not self.elsewhere:
+            return None
+        return (self.near / self.near_mm2) / (self.elsewhere / self.elsewhere_mm2)
+
+    @property
+    def density_ratio_sd(self) -> float | None:
+        """By how much chance alone moves that ratio."""
+        ratio = self.density_ratio
+        return ratio * sqrt(1 / max(1, self.near) + 1 / self.elsewhere) if ratio is not None else None
+
+    @property
+    def shows(self) -> bool:
+        """True where the seams are to be seen beyond chance."""
+        ratio, sd = self.density_ratio, self.density_ratio_sd
+        return (
+            (ratio is not None and sd is not None and abs(ratio - 1) > SURPRISE * max(sd, 0.01))
+            or self.straight - self.straight_elsewhere > SURPRISE * sqrt(self.straight + self.straight_elsewhere)
+            or self.overlaps > 0.01 * self.crossing
+        )
+
+    def __str__(self) -> str:
+        ratio, sd = self.density_ratio, self.density_ratio_sd
+        if ratio is None or sd is None:
+            return "no seams between blocks to be seen"
+        return (
+            f"nuclei near seams between blocks {ratio:.3f} ± {sd:.3f} of elsewhere, {self.straight} cut straight there "
+            f"({self.straight_elsewhere} elsewhere), {self.overlaps} of {self.crossing} found twice"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, and those that follow from them."""
+        told = {**asdict(self), "density_ratio": self.density_ratio, "density_ratio_sd": self.density_ratio_sd}
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in told.items()}
+        return {**rounded, "shows": self.shows}
+
+
+class SeamCheck:
+    """Counts what lies on the seams of a slide; nuclei may come in parts.
+
+    Parameters
+    ----------
+    grid : Grid
+        The working grid.
+    side : int
+        Of a block, working px; blocks begin at the slide's corner.
+    wanted : (rows, columns) bool
+        Blocks with tissue. A seam is where two of them meet.
+    halo_px : int
+        How far a nucleus reaches from its centre at most, for overlaps to be found.
+    """
+
+    def __init__(self, grid: Grid, side: int, wanted: Bools, halo_px: int) -> None:
+        self._grid, self._side, self._halo_px0 = grid, side, halo_px * grid.scale_y
+        self._near = min(NEAR_UM / grid.mpp, side / 4)
+        framed = np.pad(wanted, 1)
+        # for a block: whether a seam is on its right, left, lower and upper side
+        self._right, self._left = wanted & framed[1:-1, 2:], wanted & framed[1:-1, :-2]
+        self._below, self._above = wanted & framed[2:, 1:-1], wanted & framed[:-2, 1:-1]
+        self._counts = dict.fromkeys(("near", "elsewhere", "straight", "straight_elsewhere", "crossing", "overlaps"), 0)
+        self._held: npt.NDArray[np.object_] = np.empty(0, object)
+
+    def add(self, x_px0: Floats, y_px0: Floats, polygons: npt.NDArray[np.object_], later_px0: float = -np.inf) -> None:
+        """Count nuclei by their centres (N,) and outlines (N,), level-0 px; later ones have y >= `later_px0`."""
+        centres = self._grid.from_px0(np.stack([x_px0, y_px0], axis=1))
+        blocks = self._blocks(centres)
+        place = centres - blocks * self._side
+        self._count_centres(place, blocks)
+
+        bounds = shapely.bounds(polygons) / np.tile((self._grid.scale_x, self._grid.scale_y), 2)
+        for offset, name in ((0, ""), (self._side // 2, "_elsewhere")):
+            low, high = bounds[:, :2] - offset - ON_LINE_PX, bounds[:, 2:] - offset + ON_LINE_PX
+            meets = np.flatnonzero((np.floor(high / self._side) >= np.ceil(low / self._side)).any(1))
+            self._counts["straight" + name] += self._straight(polygons[meets], offset)
+        meets = np.flatnonzero(self._crossing(bounds))
+        self._counts["crossing"] += meets.size
+        self._count_overlaps(polygons[meets])
+        self._held = self._held[shapely.bounds(self._held)[:, 3] >= later_px0 - self._halo_px0]
+
+    def figures(self) -> SeamFigures:
+        """What was counted so far."""
+        height, width = self._sizes()
+        near = self._near
+        near_px = elsewhere_px = seam_mm = 0.0
+        for seam, along, across, mpp in (
+            (self._right, height[:, None], width[None, :], self._grid.mpp_y),
+            (self._below.T, width[:, None], height[None, :], self._grid.mpp_x),
+        ):
+            beyond = np.minimum(near, np.append(across[0, 1:], 0))  # the last block may be a sliver
+            near_px += float((seam * along * (near + beyond)).sum())
+            elsewhere_px += float((seam * along * 2 * near).sum())
+            seam_mm += float((seam * along).sum()) * mpp / 1e3
+        return SeamFigures(
+            near_um=near * self._grid.mpp,
+            seam_mm=seam_mm,
+            near_mm2=near_px * self._grid.pixel_um2 / 1e6,
+            elsewhere_mm2=elsewhere_px * self._grid.pixel_um2 / 1e6,
+            **self._counts,
+        )
+
+    def _sizes(self) -> tuple[Longs, Longs]:
+        """Heights of the rows of blocks, widths of the columns."""
+        rows, columns = self._right.shape
+        return (
+            np.minimum((np.arange(rows) + 1) * self._side, self._grid.height) - np.arange(rows) * self._side,
+            np.minimum((np.arange(columns) + 1) * self._side, self._grid.width) - np.arange(columns) * self._side,
+        )
+
+    def _blocks(self, places: Floats) -> Longs:
+        """(column, row) of the block of each place on the grid (N, 2)."""
+        rows, columns = self._right.shape
+        return np.clip(np.floor(places / self._side).astype(np.int64), 0, (columns - 1, rows - 1))
+
+    def _count_centres(self, place: Floats, blocks: Longs) -> None:
+        """`place` (N, 2) is counted from the corner of the block."""
+        column, row = blocks.T
+        for axis, before, after in ((0, self._left, self._right), (1, self._above, self._below)):
+            seam_before, seam_after = before[row, column], after[row, column]
+            at = place[:, axis]
+            near = (seam_before & (at < self._near)) | (seam_after & (at >= self._side - self._near))
+            beside = seam_after & (np.abs(at - self._side // 2) < self._near)
+            self._counts["near"] += int(near.sum())
+            self._counts["elsewhere"] += int(beside.sum())
+
+    def _crossing(self, bounds: Floats) -> Bools:
+        """Which boxes (N, 4), grid px, meet a seam."""
+        first, last = self._blocks(bounds[:, :2] - ON_LINE_PX), self._blocks(bounds[:, 2:] + ON_LINE_PX)
+        sideways, down = first[:, 0] < last[:, 0], first[:, 1] < last[:, 1]
+        right = self._right[first[:, 1], first[:, 0]] | self._right[last[:, 1], first[:, 0]]
+        below = self._below[first[:, 1], first[:, 0]] | self._below[first[:, 1], last[:, 0]]
+        crossing: Bools = (sideways & right) | (down & below)
+        return crossing
+
+    def _straight(self, polygons: npt.NDArray[np.object_], offset: int) -> int:
+        """How many outlines have a straight edge on a line `offset` px from the upper or left end of a block."""
+        points, nucleus = shapely.get_coordinates(shapely.get_exterior_ring(polygons), return_index=True)
+        if not len(points):
+            return 0
+        points = self._grid.from_px0(points)
+        same = nucleus[1:] == nucleus[:-1]
+        a, b, nucleus = points[:-1][same], points[1:][same], nucleus[1:][same]
+        found = np.zeros(len(polygons), bool)
+        for axis, seam in ((0, self._right), (1, self._below)):
+            line = np.round((a[:, axis] - offset) / self._side)
+            at = line * self._side + offset
+            on_line = (np.abs(a[:, axis] - at) <= ON_LINE_PX) & (np.abs(b[:, axis] - at) <= ON_LINE_PX)
+            long = np.abs(a - b)[:, 1 - axis] * self._grid.mpp >= STRAIGHT_UM
+            edges = np.flatnonzero(on_line & long)
+            middle = (a[edges] + b[edges]) / 2
+            middle[:, axis] = at[edges] - (0 if offset else self._side / 2)  # in the block that has the seam behind it
+            column, row = self._blocks(middle).T
+            found[nucleus[edges[(middle[:, axis] >= 0) & seam[row, column]]]] = True
+        return int(found.sum())
+
+    def _count_overlaps(self, polygons: npt.NDArray[np.object_]) -> None:
+        """With one another, and with those held from before."""
+        ours = len(self._held) + np.arange(len(polygons))
+        self._held = np.concatenate([self._held, polygons])
+        query, other = shapely.STRtree(self._held).query(polygons, predicate="intersects")
+        pairs = other < ours[query]
+        one, two = polygons[query[pairs]], self._held[other[pairs]]
+        smaller = np.minimum(shapely.area(one), shapely.area(two))
+        self._counts["overlaps"] += int((shapely.area(shapely.intersection(one, two)) >= OVERLAP * smaller).sum())
