@@ -7,19 +7,72 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from shrunk_models import SMALL_BACKBONE, shrunk
 from timm.layers import resample_abs_pos_embed
 
 from wsipipe.errors import ModelError
 from wsipipe.model.attention import sample_levels
+from wsipipe.model.cellvit import CellViT
 from wsipipe.model.cellvta import CellVTA
+from wsipipe.model.encoder import make_encoder
 from wsipipe.model.registry import SPECS, build
 from wsipipe.model.spec import ModelSpec
 from wsipipe.model.upstream import cellvta_key
 from wsipipe.model.weights import find_checkpoint, load_model, save_checkpoint
 
 PARITY = Path(__file__).parent / "data" / "parity"
-SMALL = [name for name, spec in SPECS.items() if spec.settings.get("dim", 1024) <= 384]
+THEIRS = {
+    "nuclei": "nuclei_binary_map",
+    "offsets": "hv_map",
+    "types": "nuclei_type_map",
+    "tissue": "tissue_types",
+}
+SHOWN: dict[str, tuple[int, int]] = {}  # sides of a test image where 64 x 96 px will not do
+FROZEN = {"cellvta": "encoder.vit.", "cellvit": "encoder.vit."}
+MILLIONS: dict[str, float] = {
+    "cellvta-uni": 387.77,
+    "cellvta-uni-paper": 387.77,
+    "cellvta-sam-b": 161.20,
+    "cellvta-sam-l": 391.82,
+    "cellvta-sam-h": 734.82,
+    "cellvta-uni2-h": 796.65,
+    "cellvta-virchow2": 729.95,
+    "cellvta-h-optimus-0": 1250.03,
+    "cellvta-h-optimus-1": 1250.03,
+    "cellvta-dinov2-l": 388.77,
+    "cellvta-dinov3-l": 387.48,
+    "cellvit-256": 46.75,
+    "cellvit-sam-b": 146.09,
+    "cellvit-sam-l": 367.85,
+    "cellvit-sam-h": 699.74,
+    "cellvit-uni": 362.93,
+    "cellvta-nano": 1.36,
+    "cellvta-tiny": 10.46,
+    "cellvta-small": 40.11,
+}
+
+
+def check_answer(spec: ModelSpec, outputs, image) -> None:
+    batch, _, *sides = image.shape
+    tissue = {"tissue": (batch, 19)} if spec.settings.get("tissue_classes") else {}
+    maps = {"nuclei": 2, "offsets": 2, "types": len(spec.class_names)}
+    assert {key: tuple(value.shape) for key, value in outputs.items()} == {
+        **{key: (batch, channels, *sides) for key, channels in maps.items()},
+        **tissue,
+    }
+
+
+def unread(spec: ModelSpec) -> set[str]:
+    """What nothing reads: without a tissue head, the last norm, and the tokens that meet no block."""
+    settings = spec.settings
+    found = set()
+    if not settings.get("tissue_classes") or not settings.get("tissue_normalised", True):
+        found |= {"encoder.vit.norm.weight", "encoder.vit.norm.bias"}
+    if not settings.get("tissue_classes") and spec.architecture == "cellvta" and settings.get("variant") != "paper":
+        found |= {"encoder.vit.cls_token", "encoder.vit.reg_token"}
+    return found
 
 
 def deterministic_weights():
@@ -59,14 +112,59 @@ def test_cellvta_gives_what_the_reference_gives(size):
         image = torch.from_numpy(expected["input"])
         outputs = network(image)
         coarsest = network.encoder(image)[0][3]
-    for ours, theirs in {
-        "nuclei": "nuclei_binary_map",
-        "offsets": "hv_map",
-        "types": "nuclei_type_map",
-        "tissue": "tissue_types",
-    }.items():
+    for ours, theirs in THEIRS.items():
         np.testing.assert_allclose(outputs[ours], expected[f"out.{theirs}"], atol=1e-3, rtol=1e-4, err_msg=ours)
     np.testing.assert_allclose(coarsest, expected["out.tokens"], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("size", ["64x64", "64x96", "224x224"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("cellvit", {"layer_scale": None, "positions": "dino"}), ("cellvituni", {"tissue_normalised": False})],
+)
+def test_cellvit_gives_what_the_reference_gives(kind, settings, size):
+    expected, make = np.load(PARITY / f"model_{kind}_{size}.npz"), deterministic_weights()
+    shapes = json.loads((PARITY / f"model_{kind}_meta.json").read_text())["state_dict_shapes"]
+    network = CellViT(
+        classes=6,
+        decoder_widths=(64, 128, 256, 312),
+        raised_widths=(256, 128),
+        dim=96,
+        depth=4,
+        heads=4,
+        taps=(1, 2, 3, 4),
+        tissue_classes=19,
+        **settings,
+    ).eval()
+    network.load_state_dict({cellvta_key(key): torch.from_numpy(make.tensor(key, s)) for key, s in shapes.items()})
+    image = expected["input"] if "input" in expected else make.image(f"input:{kind}_{size}", (1, 3, 224, 224))
+    with torch.inference_mode():
+        outputs = network(torch.from_numpy(image))
+    for ours, theirs in THEIRS.items():
+        values, wanted = outputs[ours].numpy(), expected[f"out.{theirs}"]
+        if values.shape != wanted.shape:  # kept at every fourth pixel
+            values = values[..., ::4, ::4]
+        np.testing.assert_allclose(values, wanted, atol=1e-3, rtol=1e-4, err_msg=ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_the_full_size_model_gives_what_the_reference_gives():
+    """388 M weights: some 3 GB and a minute."""
+    expected, make = np.load(PARITY / "model_full_256.npz"), deterministic_weights()
+    shapes = json.loads((PARITY / "full_state_dict_shapes.json").read_text())
+    with torch.device("meta"):
+        network = build(SPECS["cellvta-uni"]).eval()
+    weights = {cellvta_key(key): torch.from_numpy(make.tensor(key, shape)) for key, (shape, _) in shapes.items()}
+    network.load_state_dict(weights, assign=True)
+    with torch.inference_mode():
+        outputs = network(torch.from_numpy(make.image("input:full_256", (1, 3, 256, 256))))
+    for row, (ours, theirs) in zip([1, 2, 3, 0], THEIRS.items(), strict=True):
+        values = outputs[ours].double().numpy()
+        sampled = values if ours == "tissue" else values[..., ::4, ::4]
+        np.testing.assert_allclose(sampled, expected[theirs], atol=1e-3, rtol=1e-4, err_msg=ours)
+        np.testing.assert_allclose([values.sum(), (values**2).sum()], expected["sums"][row], rtol=1e-3, atol=1)
 
 
 @pytest.mark.parity
@@ -96,34 +194,74 @@ def test_positions_are_resampled_as_in_the_reference():
             np.testing.assert_allclose(got, case[name], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_network_answers_at_the_size_of_its_image_and_batches_change_nothing(name):
+@pytest.mark.parametrize("name", SPECS)
+def test_a_network_answers_as_described_and_batches_change_nothing(name):
     torch.manual_seed(0)
-    network = build(SPECS[name]).eval()
-    image = torch.randn(2, 3, 64, 96)
+    spec = shrunk(name)
+    network = build(spec).eval()
+    image = torch.randn(2, 3, *SHOWN.get(spec.architecture, (64, 96)))
     with torch.inference_mode():
         outputs, again, single = network(image), network(image), network(image[1:])
-    classes = len(SPECS[name].class_names)
-    assert {key: tuple(value.shape) for key, value in outputs.items()} == {
-        "nuclei": (2, 2, 64, 96),
-        "offsets": (2, 2, 64, 96),
-        "types": (2, classes, 64, 96),
-    }
+    check_answer(spec, outputs, image)
     for key, value in outputs.items():
         assert torch.equal(value, again[key])
         torch.testing.assert_close(value[1:], single[key], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_every_weight_of_a_network_learns(name):
+@pytest.mark.parametrize("name", SPECS)
+def test_every_weight_of_a_network_learns_that_can(name):
     torch.manual_seed(0)
-    network = build(SPECS[name]).train()
-    outputs = network(torch.randn(2, 3, 64, 64))
+    spec = shrunk(name)
+    network = build(spec).train()
+    with torch.no_grad():  # what starts at 0 lets nothing through yet
+        for weight in network.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+    outputs = network(torch.randn(2, 3, *SHOWN.get(spec.architecture, (64, 96))))
     sum(value.square().mean() for value in outputs.values()).backward()
-    # Without a tissue head nobody reads the class token.
-    unread = {"encoder.vit.cls_token", "encoder.vit.norm.weight", "encoder.vit.norm.bias"}
     still = {key for key, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()}
-    assert still == unread
+    assert still == unread(spec) & dict(network.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_frozen_weights_stay_as_they_are(name):
+    torch.manual_seed(0)
+    spec = shrunk(name)
+    network = build(spec).train()
+    frozen, learning = [], []
+    for key, weight in network.named_parameters():
+        weight.requires_grad = not key.startswith(FROZEN[spec.architecture])
+        (learning if weight.requires_grad else frozen).append((weight, weight.detach().clone()))
+    outputs = network(torch.randn(2, 3, *SHOWN.get(spec.architecture, (64, 96))))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    sum(value.square().mean() for value in outputs.values()).backward()
+    optimizer.step()
+    assert frozen
+    assert all(weight.grad is None and torch.equal(weight, before) for weight, before in frozen)
+    assert all(
+        not torch.equal(weight, before) for weight, before in learning if weight.grad is not None and weight.grad.any()
+    )
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_network_is_saved_and_loaded(tmp_path, name):
+    torch.manual_seed(0)
+    spec = shrunk(name)
+    network, path = build(spec).eval(), tmp_path / "x.safetensors"
+    save_checkpoint(path, network, spec)
+    loaded, read, _ = load_model(path)
+    image = torch.randn(1, 3, *SHOWN.get(spec.architecture, (64, 96)))
+    assert read == spec
+    with torch.inference_mode():
+        ours, theirs = network(image), loaded(image)
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_registered_network_can_be_built_at_its_full_size(name):
+    with torch.device("meta"):
+        network = build(SPECS[name])
+    millions = sum(weight.numel() for weight in network.parameters()) / 1e6
+    assert millions == pytest.approx(MILLIONS[name], abs=0.06)
 
 
 def test_the_class_token_takes_part_only_where_the_paper_sends_it_through():
@@ -215,5 +353,43 @@ def test_a_description_of_another_version_is_refused():
 def test_an_impossible_network_is_refused():
     with pytest.raises(ModelError, match="architecture 'resnet' is unknown"):
         build(replace(SPECS["cellvta-nano"], architecture="resnet"))
-    with pytest.raises(ModelError, match="its settings do not make a cellvta"):
-        build(replace(SPECS["cellvta-nano"], settings={"dim": 64, "depth": 5, "heads": 4}))
+    for settings in (
+        {"dim": 64, "depth": 5, "heads": 4, "stages": [[0, 0], [1, 1], [2, 2], [3, 3]]},
+        {"backbone": "resnet50"},
+        {"backbone": "no_such_vit"},
+        {"backbone": "samvit_base_patch16", "tissue_classes": 19},
+        {"variant": "unpublished"},
+        {"spare": 1},
+    ):
+        with pytest.raises(ModelError, match="its settings do not make a cellvta"):
+            build(replace(SPECS["cellvta-nano"], settings=settings))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "settings"),
+    [
+        ("vit_small_patch16_224", {}),
+        ("vit_giant_patch14_reg4_dinov2", {"img_size": 224}),
+        ("vit_large_patch16_dinov3", {}),
+        ("samvit_base_patch16", {"global_attn_indexes": [1, 3]}),
+    ],
+)
+def test_an_encoder_gives_what_the_whole_vit_gives(backbone, settings):
+    """All tokens through all blocks are timm's own forward pass."""
+    torch.manual_seed(0)
+    settings = {**settings, **SMALL_BACKBONE}
+    encoder = make_encoder(backbone, settings).eval()
+    torch.manual_seed(0)
+    if not backbone.startswith("samvit"):
+        settings["dynamic_img_size"] = True
+    whole = timm.create_model(backbone, num_classes=0, **settings).eval()
+    for key, value in encoder.state_dict().items():
+        value.copy_(torch.randn_like(value) * 0.1)
+        whole.state_dict()[key].copy_(value)
+    image = torch.randn(2, 3, 64, 128)
+    size = (4 * encoder.patch_px, 8 * encoder.patch_px)
+    shown = torch.nn.functional.interpolate(image, size, mode="bilinear", antialias=True)
+    with torch.inference_mode():
+        got = encoder.run(*encoder.tokens(image), (4, 8), 0, 3)[1]
+        wanted = whole.forward_intermediates(shown, indices=1, intermediates_only=True)[0]
+    torch.testing.assert_close(got, wanted.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4)

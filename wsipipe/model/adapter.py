@@ -21,7 +21,11 @@ def _conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]
 
 
 class SpatialPrior(nn.Module):
-    """Plain convolutions from (B, 3, H, W) to D channels at 1/2, 1/4, 1/8 and 1/16."""
+    """Plain convolutions from (B, 3, H, W) to features at 1/2, and to D channels at 1/4, 1/8 and 1/16.
+
+    `fc1`, which takes the first to D channels too, is left to the caller: it is linear, and so may be put together
+    with what comes after.
+    """
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -42,7 +46,7 @@ class SpatialPrior(nn.Module):
         quarter = self.conv2(half)
         eighth = self.conv3(quarter)
         sixteenth = self.conv4(eighth)
-        return self.fc1(half), self.fc2(quarter), self.fc3(eighth), self.fc4(sixteenth)
+        return half, self.fc2(quarter), self.fc3(eighth), self.fc4(sixteenth)
 
 
 class Injector(nn.Module):
@@ -118,8 +122,11 @@ def to_image(tokens: Tensor, size: Size) -> Tensor:
     return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *size)
 
 
-def init_adapter(module: nn.Module) -> None:
-    """The effective initialisation of the published training; it also covers the deformable attention's layers."""
+def init_adapter(module: nn.Module, *, attention_ring: bool = False) -> None:
+    """The effective initialisation of the published training, which covers the deformable attention's layers too.
+
+    With `attention_ring` these start as Deformable DETR has them instead.
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)
@@ -129,3 +136,7 @@ def init_adapter(module: nn.Module) -> None:
             nn.init.normal_(part.weight, 0.0, math.sqrt(2.0 / fan_out))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
+    if attention_ring:
+        for part in module.modules():
+            if isinstance(part, DeformableAttention):
+                part.reset_as_published_for_detection()

@@ -4,38 +4,58 @@ Xu et al. 2025, arXiv 2504.00784. The published weights were made by JieZheng-Sh
 code and the paper's text differ, the defaults here follow the code.
 """
 
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from wsipipe.model.adapter import Extractor, Injector, Interaction, SpatialPrior, init_adapter, to_image
+from wsipipe.model.attention import Size
 from wsipipe.model.decoder import Decoder, Pyramid, Widths
+from wsipipe.model.encoder import grid_of, make_encoder
 
-PATCH_PX = 16
+Variant = Literal["published", "paper"]
+ClassToken = Literal["bypass", "attend"]
+# Where the code that made the published weights and the paper's text differ: the class token, the injectors' gamma.
+_BY_VARIANT: dict[Variant, tuple[ClassToken, float]] = {"published": ("bypass", 1e-5), "paper": ("attend", 0.0)}
+
+
+class Features(NamedTuple):
+    """What ViT and adapter make of an image, before the pyramid is put together; images (B, C, H, W)."""
+
+    stem: Tensor  # of the adapter's convolutions, at 1/2, before `fc1`
+    quarter: Tensor
+    eighth: Tensor
+    sixteenth: Tensor
+    seen: list[Tensor]  # the ViT's tokens after each stage, at 1/16
+    tissue: Tensor | None
 
 
 class AdaptedViT(nn.Module):
-    """A plain ViT and its adapter: (B, 3, H, W) to features of D channels at 1/2, 1/4, 1/8 and 1/16.
+    """A ViT and its adapter: (B, 3, H, W) to features of D channels at 1/2, 1/4, 1/8 and 1/16.
 
     Parameters
     ----------
-    dim, depth, heads, layer_scale
-        The ViT: width, number of blocks, attention heads, initial LayerScale (None for none).
+    backbone, backbone_settings, dim, depth, heads, layer_scale
+        The ViT, see `make_encoder`.
     stages : pairs (first, last)
-        Which ViT blocks, both ends included, run in each interaction stage.
+        Which ViT blocks, both ends included, run in each interaction stage. Quarters by default.
     prior_width : int
         Channels of the first convolutions of the adapter.
     attention_heads, attention_points, attention_ratio
         Deformable attention: heads, places a query reads per head and level, width of values over D.
-    ffn_ratio, gamma, drop_path, extra_extractors
-        Of the adapter; `gamma` is where the injectors start, `extra_extractors` belong to the last stage.
-    class_token : "bypass" | "attend"
-        Published weights: the class token meets no block ("bypass"). The paper sends it through the ViT ("attend").
+    ffn_ratio, drop_path, extra_extractors
+        Of the adapter; the `extra_extractors` belong to the last stage. `drop_path` is the ViT's too.
+    variant : "published" | "paper"
+        Published weights: class token and registers meet no block, the injectors' gamma starts at 1e-5, the deformable
+        attention as any linear layer. The paper sends the class token through the ViT, and gamma starts at 0; the
+        attention then starts as in Deformable DETR, which it builds on.
+    class_token : "bypass" | "attend" | None
+        Wins over the variant.
+    gamma : float or None
+        Where the injectors start; wins over the variant.
     tissue_classes : int
         Outputs of the tissue head on the class token; 0 for none.
     """
@@ -43,37 +63,44 @@ class AdaptedViT(nn.Module):
     def __init__(
         self,
         *,
+        backbone: str | None = None,
+        backbone_settings: Mapping[str, Any] | None = None,
         dim: int = 1024,
         depth: int = 24,
         heads: int = 16,
         layer_scale: float | None = 1e-5,
-        stages: Sequence[tuple[int, int]] = ((0, 5), (6, 11), (12, 17), (18, 23)),
+        stages: Sequence[tuple[int, int]] | None = None,
         prior_width: int = 64,
         attention_heads: int = 8,
         attention_points: int = 4,
         attention_ratio: float = 0.5,
         ffn_ratio: float = 0.25,
-        gamma: float = 1e-5,
         drop_path: float = 0.4,
         extra_extractors: int = 2,
-        class_token: Literal["bypass", "attend"] = "bypass",
+        variant: Variant = "published",
+        class_token: ClassToken | None = None,
+        gamma: float | None = None,
         tissue_classes: int = 0,
     ) -> None:
         super().__init__()
+        if variant not in _BY_VARIANT:
+            raise ValueError(f"variant must be 'published' or 'paper', not {variant!r}")
+        self.vit = make_encoder(
+            backbone,
+            backbone_settings,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            layer_scale=layer_scale,
+            drop_path=drop_path,
+        )
+        dim, depth = self.vit.dim, self.vit.depth
+        stages = [(depth * k // 4, depth * (k + 1) // 4 - 1) for k in range(4)] if stages is None else stages
         if len(stages) != 4 or [i for a, b in stages for i in range(a, b + 1)] != list(range(depth)):
             raise ValueError(f"four stages must name the blocks 0 to {depth - 1} in order, not {stages}")
-        self.class_token = class_token
         self.stages = [(first, last) for first, last in stages]
-        self.vit = VisionTransformer(
-            patch_size=PATCH_PX,
-            embed_dim=dim,
-            depth=depth,
-            num_heads=heads,
-            init_values=layer_scale,
-            drop_path_rate=drop_path,
-            dynamic_img_size=True,
-            num_classes=0,
-        )
+        self.class_token = _BY_VARIANT[variant][0] if class_token is None else class_token
+        start = _BY_VARIANT[variant][1] if gamma is None else gamma
         self.level_embed = nn.Parameter(torch.empty(3, dim))
         self.spm = SpatialPrior(prior_width, dim)
 
@@ -82,7 +109,7 @@ class AdaptedViT(nn.Module):
 
         self.interactions = nn.ModuleList(
             Interaction(
-                Injector(dim, attention_heads, attention_points, attention_ratio, gamma),
+                Injector(dim, attention_heads, attention_points, attention_ratio, start),
                 extractor(),
                 [extractor() for _ in range(extra_extractors if stage == 3 else 0)],
             )
@@ -90,49 +117,50 @@ class AdaptedViT(nn.Module):
         )
         self.up = nn.ConvTranspose2d(dim, dim, 2, stride=2)
         self.norms = nn.ModuleList(nn.BatchNorm2d(dim) for _ in range(4))
+        if tissue_classes and not self.vit.prefix_tokens:
+            raise ValueError(f"{backbone} has no class token to tell {tissue_classes} tissues from")
         self.tissue_head = nn.Linear(dim, tissue_classes) if tissue_classes else None
         for part in (self.spm, self.interactions, self.up):
-            init_adapter(part)
+            init_adapter(part, attention_ring=variant == "paper")
         nn.init.normal_(self.level_embed)
 
-    def forward(self, image: Tensor) -> tuple[Pyramid, Tensor | None]:
-        """Pyramid, and tissue logits (B, T) if there is a tissue head."""
-        batch, _, height, width = image.shape
-        if height % PATCH_PX or width % PATCH_PX:
-            raise ValueError(f"height and width must be multiples of {PATCH_PX} px, not {height} x {width}")
-        h, w = height // PATCH_PX, width // PATCH_PX
-        sizes = ((4 * h, 4 * w), (2 * h, 2 * w), (h, w))
-        c1, *levels = self.spm(image)
+    def features(self, image: Tensor) -> Features:
+        """All but the pyramid's last sums."""
+        h, w = grid = grid_of(image)
+        sizes: tuple[Size, ...] = ((4 * h, 4 * w), (2 * h, 2 * w), (h, w))
+        stem, *levels = self.spm(image)
         c = torch.cat(
             [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed, strict=True)],
             dim=1,
         )
-        positions = resample_abs_pos_embed(self.vit.pos_embed, [h, w], num_prefix_tokens=1)
-        x = self.vit.patch_embed(image).flatten(1, 2) + positions[:, 1:]
-        token = (self.vit.cls_token + positions[:, :1]).expand(batch, -1, -1)
-
+        prefix, x = self.vit.tokens(image)
+        nothing = prefix[:, :0]
         seen: list[Tensor] = []
         for (first, last), interaction in zip(self.stages, cast(list[Interaction], self.interactions), strict=True):
-            x = interaction.injector(x, (h, w), c, sizes)
-            blocks = self.vit.blocks[first : last + 1]
+            x = interaction.injector(x, grid, c, sizes)
             if self.class_token == "attend":
-                joined = blocks(torch.cat((token, x), dim=1))
-                token, x = joined[:, :1], joined[:, 1:]
+                prefix, x = self.vit.run(prefix, x, grid, first, last)
             else:
-                x = blocks(x)
-            c = interaction.extract(c, sizes, x, (h, w))
-            seen.append(to_image(x, (h, w)))
-
+                x = self.vit.run(nothing, x, grid, first, last)[1]
+            c = interaction.extract(c, sizes, x, grid)
+            seen.append(to_image(x, grid))
         c2, c3, c4 = (
             to_image(part, size) for part, size in zip(c.split([a * b for a, b in sizes], 1), sizes, strict=True)
         )
+        tissue = None
+        if self.tissue_head is not None:
+            tissue = self.tissue_head(self.vit.summary(prefix, x, grid, normalised=True))
+        return Features(stem, c2, c3, c4, seen, tissue)
+
+    def forward(self, image: Tensor) -> tuple[Pyramid, Tensor | None]:
+        """Pyramid, and tissue logits (B, T) if there is a tissue head."""
+        stem, c2, c3, c4, seen, tissue = self.features(image)
         pyramid = (
-            self.norms[0](self.up(c2) + c1 + _enlarged(seen[0], 8)),
+            self.norms[0](self.up(c2) + self.spm.fc1(stem) + _enlarged(seen[0], 8)),
             self.norms[1](c2 + _enlarged(seen[1], 4)),
             self.norms[2](c3 + _enlarged(seen[2], 2)),
             self.norms[3](c4 + seen[3]),
         )
-        tissue = None if self.tissue_head is None else self.tissue_head(self.vit.norm(token)[:, 0])
         return pyramid, tissue
 
 
@@ -148,10 +176,10 @@ class CellVTA(nn.Module):
     and, where the encoder has a tissue head, `tissue` (B, T) logits.
     """
 
-    def __init__(self, *, classes: int, decoder_widths: Widths = (64, 128, 256, 512), **encoder: object) -> None:
+    def __init__(self, *, classes: int, decoder_widths: Widths = (64, 128, 256, 512), **encoder: Any) -> None:
         super().__init__()
-        self.encoder = AdaptedViT(**encoder)  # type: ignore[arg-type]
-        self.decoder = Decoder(self.encoder.vit.embed_dim, decoder_widths, classes)
+        self.encoder = AdaptedViT(**encoder)
+        self.decoder = Decoder(self.encoder.vit.dim, decoder_widths, classes)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         pyramid, tissue = self.encoder(image)

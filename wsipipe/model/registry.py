@@ -18,13 +18,24 @@ CONSEP_CLASSES = ("background", "other", "inflammatory", "epithelial", "spindle-
 CONSEP_COLOURS = ((0, 0, 0), (240, 200, 40), (40, 200, 80), (230, 50, 60), (60, 110, 240))
 
 
+HALF = (0.5, 0.5, 0.5)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+H_OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+
+
 def _cellvta(**settings: Any) -> nn.Module:
     from wsipipe.model.cellvta import CellVTA
 
     return CellVTA(**settings)
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"cellvta": _cellvta}
+def _cellvit(**settings: Any) -> nn.Module:
+    from wsipipe.model.cellvit import CellViT
+
+    return CellViT(**settings)
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"cellvta": _cellvta, "cellvit": _cellvit}
 
 
 def _small(name: str, tile_px: int, **settings: Any) -> ModelSpec:
@@ -45,23 +56,151 @@ def _small(name: str, tile_px: int, **settings: Any) -> ModelSpec:
     )
 
 
+def _pannuke(
+    name: str,
+    architecture: str,
+    settings: dict[str, Any],
+    *,
+    source: str,
+    licence: str,
+    scaling: tuple[tuple[float, float, float], tuple[float, float, float]] = (HALF, HALF),
+    tile_px: int = 256,
+) -> ModelSpec:
+    """A network at 0.25 µm/px with the classes of PanNuke."""
+    return ModelSpec(
+        name=name,
+        architecture=architecture,
+        settings=settings,
+        mpp=0.25,
+        tile_px=tile_px,
+        halo_px=32,
+        mean=scaling[0],
+        std=scaling[1],
+        class_names=PANNUKE_CLASSES,
+        class_colours=PANNUKE_COLOURS,
+        source=source,
+        licence=licence,
+    )
+
+
+def _adapted(
+    name: str, backbone: str, settings: dict[str, Any], source: str, licence: str, **options: Any
+) -> ModelSpec:
+    """CellVTA round a foundation model whose weights start a training; as the paper has it."""
+    plain = {"backbone": backbone, "variant": "paper", **settings}
+    return _pannuke(name, "cellvta", plain, source=f"arXiv 2504.00784 round {source}", licence=licence, **options)
+
+
+def _family() -> list[ModelSpec]:
+    """CellVTA as published, round other ViTs, and CellViT, which it grew out of."""
+    uni: dict[str, Any] = {
+        "source": "arXiv 2504.00784; JieZheng-ShanghaiTech/CellVTA d323bc3, UNI ViT-L/16, PanNuke",
+        "licence": "Apache-2.0 with Commons Clause; UNI: CC-BY-NC-ND-4.0, gated",
+    }
+    cellvit: dict[str, Any] = {
+        "source": "doi:10.1016/j.media.2024.103143; TIO-IKIM/CellViT, PanNuke",
+        "licence": "Apache-2.0 with Commons Clause",
+    }
+    swiglu = {"mlp_layer": "swiglu", "act_layer": "silu", "init_values": 1e-5}
+    uni2 = {"embed_dim": 1536, "depth": 24, "num_heads": 24, "mlp_ratio": 5.33334, "reg_tokens": 8}
+    dino: dict[str, Any] = {"img_size": 518}
+    optimus = {"img_size": 224, "init_values": 1e-5}
+    sam = {
+        "b": ("samvit_base_patch16", 768, [3, 6, 9, 12]),
+        "l": ("samvit_large_patch16", 1024, [6, 12, 18, 24]),
+        "h": ("samvit_huge_patch16", 1280, [8, 16, 24, 32]),
+    }
+    return [
+        _pannuke("cellvta-uni", "cellvta", {"tissue_classes": 19}, **uni),
+        _pannuke("cellvta-uni-paper", "cellvta", {"tissue_classes": 19, "variant": "paper"}, **uni),
+        *(
+            _adapted(
+                f"cellvta-sam-{size}", backbone, {}, f"SAM ViT-{size.upper()}, arXiv 2304.02643", "SAM: Apache-2.0"
+            )
+            for size, (backbone, _, _) in sam.items()
+        ),
+        _adapted(
+            "cellvta-uni2-h",
+            "vit_giant_patch14_224",
+            {"backbone_settings": {**swiglu, **uni2, "no_embed_class": True}},
+            "UNI2-h, MahmoodLab/UNI2-h",
+            "UNI2-h: CC-BY-NC-ND-4.0, gated",
+            scaling=IMAGENET,
+        ),
+        _adapted(
+            "cellvta-virchow2",
+            "vit_huge_patch14_224",
+            {"backbone_settings": {**swiglu, "mlp_ratio": 5.3375, "reg_tokens": 4}},
+            "Virchow2, paige-ai/Virchow2, arXiv 2408.00738",
+            "Virchow2: CC-BY-NC-ND-4.0, gated",
+            scaling=IMAGENET,
+        ),
+        *(
+            _adapted(
+                f"cellvta-h-optimus-{n}",
+                "vit_giant_patch14_reg4_dinov2",
+                {"backbone_settings": optimus},
+                f"H-optimus-{n}, bioptimus/H-optimus-{n}",
+                f"H-optimus-{n}: {terms}",
+                scaling=H_OPTIMUS,
+            )
+            for n, terms in enumerate(("Apache-2.0", "CC-BY-NC-ND-4.0, gated"))
+        ),
+        _adapted(
+            "cellvta-dinov2-l",
+            "vit_large_patch14_reg4_dinov2",
+            {"backbone_settings": dino},
+            "DINOv2 ViT-L/14 with registers, arXiv 2309.16588",
+            "DINOv2: Apache-2.0",
+            scaling=IMAGENET,
+        ),
+        _adapted(
+            "cellvta-dinov3-l",
+            "vit_large_patch16_dinov3",
+            {},
+            "DINOv3 ViT-L/16, arXiv 2508.10104",
+            "DINOv3 licence, gated",
+            scaling=IMAGENET,
+        ),
+        _pannuke(
+            "cellvit-256",
+            "cellvit",
+            {
+                "dim": 384,
+                "depth": 12,
+                "heads": 6,
+                "layer_scale": None,
+                "taps": [3, 6, 9, 12],
+                "positions": "dino",
+                "tissue_classes": 19,
+                "decoder_widths": [64, 128, 256, 312],
+                "raised_widths": [256, 128],
+            },
+            **cellvit,
+        ),
+        *(
+            _pannuke(
+                f"cellvit-sam-{size}",
+                "cellvit",
+                {"backbone": backbone, "taps": taps, "positions": "cropped", "tissue_classes": 19},
+                **cellvit,
+            )
+            for size, (backbone, _, taps) in sam.items()
+        ),
+        _pannuke(
+            "cellvit-uni",
+            "cellvit",
+            {"taps": [6, 12, 18, 24], "tissue_classes": 19, "tissue_normalised": False},
+            source="TIO-IKIM/CellViT-plus-plus, UNI ViT-L/16, PanNuke",
+            licence="CellViT++: Apache-2.0 with Commons Clause; UNI: CC-BY-NC-ND-4.0, gated",
+        ),
+    ]
+
+
 SPECS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec(
-            name="cellvta-uni",
-            architecture="cellvta",
-            settings={"tissue_classes": 19},
-            mpp=0.25,
-            tile_px=256,
-            halo_px=32,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            class_names=PANNUKE_CLASSES,
-            class_colours=PANNUKE_COLOURS,
-            source="arXiv 2504.00784; JieZheng-ShanghaiTech/CellVTA d323bc3, UNI ViT-L/16, PanNuke",
-            licence="Apache-2.0 with Commons Clause; UNI: CC-BY-NC-ND-4.0, gated",
-        ),
+        *_family(),
         _small(
             "cellvta-nano",
             512,
@@ -114,5 +253,5 @@ def build(spec: ModelSpec) -> nn.Module:
         raise ModelError(f"{spec.name}: architecture '{spec.architecture}' is unknown; known are {known}")
     try:
         return ARCHITECTURES[spec.architecture](classes=len(spec.class_names), **spec.settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise ModelError(f"{spec.name}: its settings do not make a {spec.architecture}: {error}") from error
