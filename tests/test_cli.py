@@ -1,16 +1,20 @@
 """The command line: what it says, its exit codes, and that faults leave nothing behind."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from wsipipe import cli
+from wsipipe.lease import Gpu
+from wsipipe.lock import Lock
 
 
 def wsipipe(capfd, *arguments) -> tuple[int, str, str]:
@@ -203,3 +207,59 @@ def test_the_version_is_that_of_the_package(capfd):
     from wsipipe import __version__
 
     assert wsipipe(capfd, "--version")[:2] == (0, f"{__version__}\n")
+
+
+def test_settings_by_option_win_over_the_file(tiny, oracle, tmp_path, capfd):
+    config = tmp_path / "wsipipe.yaml"
+    config.write_text("nuclei: {min_area_um2: 20000, np_threshold: 0.4}\n")
+    arguments = ["segment", tiny.path, "--model", oracle, "-o", tmp_path / "out", "--config", config]
+    code, said, _ = wsipipe(capfd, *arguments, "--set", "nuclei.min_area_um2=6", "--set", "nuclei.halo_px=64")
+    assert (code, "12 nuclei" in said) == (0, True)
+    record = json.loads((tmp_path / "out" / "nuclei.parquet.json").read_text())
+    used = [record["config"][key] for key in ("min_area_um2", "np_threshold", "halo_px")]
+    assert used == [6, 0.4, 64]
+    code, _, err = wsipipe(capfd, *arguments, "--set", "halo_px=64", "--set", "nuclei.x")
+    assert (code, "halo_px=64, nuclei.x" in err) == (1, True)
+    code, _, err = wsipipe(capfd, *arguments, "--set", "nuclei.colour=red")
+    assert (code, "nuclei.colour: extra inputs" in err) == (1, True)
+
+
+def test_where_nobody_watches_other_settings_mean_a_fresh_start(tiny, oracle, tmp_path, capfd, caplog):
+    out = ["-o", tmp_path / "out"]
+    for stage in (["tissue"], ["maps", "--model", oracle, "--device", "cpu"], ["nuclei"]):
+        assert wsipipe(capfd, stage[0], tiny.path, *out, *stage[1:])[0] == 0
+    other = ["nuclei", tiny.path, *out, "--set", "nuclei.min_area_um2=40"]
+    code, _, err = wsipipe(capfd, *other)
+    assert (code, "made with other settings" in err) == (1, True)
+    code, said, err = wsipipe(capfd, *other, "--unattended")
+    assert (code, "3 nuclei" in said, "starting afresh" in caplog.text) == (0, True, True), said + err
+
+
+def test_where_nobody_watches_one_waits_for_the_other(tiny, oracle, tmp_path, capfd, caplog):
+    out = tmp_path / "out"
+    out.mkdir()
+    lock = Lock(out / "tissue.png")
+    code, _, err = wsipipe(capfd, "tissue", tiny.path, "-o", out)
+    assert (code, "is in use by process" in err) == (1, True)
+    threading.Timer(1.0, lock.release).start()
+    code, said, _ = wsipipe(capfd, "tissue", tiny.path, "-o", out, "--unattended")
+    assert (code, "mm² of tissue" in said, "waiting for it" in caplog.text) == (0, True, True)
+
+
+def test_a_leased_device_is_what_the_network_runs_on(tiny, oracle, tmp_path, capfd, caplog, monkeypatch):
+    monkeypatch.setenv("WSIPIPE_LEASES", str(tmp_path / "leases"))
+    monkeypatch.setattr("wsipipe.lease.visible_gpus", lambda: [Gpu("cpu", "GPU-that-is-none")])
+    assert wsipipe(capfd, "tissue", tiny.path, "-o", tmp_path / "out")[0] == 0
+    code, _, err = wsipipe(
+        capfd, "maps", tiny.path, "-o", tmp_path / "out", "--model", oracle, "--device", "lease", "--unattended"
+    )
+    assert (code, "leased cpu (GPU-that-is-none)" in caplog.text) == (0, True), err
+    record = json.loads((tmp_path / "out" / "maps.zarr.json").read_text())
+    assert (record["device"], record["tiles"] > 0, record["model"]["name"]) == ("cpu", True, "oracle")
+
+
+def test_the_demo_slide_can_be_had_alone(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("wsipipe.demo.make_demo_slide", lambda path: path.touch())
+    code, said, _ = wsipipe(capfd, "demo", "--out", tmp_path / "demo", "--slide-only")
+    assert (code, said) == (0, "")
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["demo.svs"]

@@ -10,20 +10,24 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
 from wsipipe import __version__, cli_training
-from wsipipe.errors import WsipipeError
+from wsipipe.errors import SettingsError, WsipipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from wsipipe.config import Config
     from wsipipe.folder import ResultFolder
     from wsipipe.slide import Slide
+    from wsipipe.stages.maps import MapsSummary
+    from wsipipe.stages.nuclei import NucleiSummary
     from wsipipe.stages.segment import SegmentSummary
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="wsipipe",
@@ -58,11 +62,21 @@ Roi = Annotated[
     Path | None, typer.Option("--roi", exists=True, dir_okay=False, help="GeoJSON of regions from QuPath: only there")
 ]
 Everywhere = Annotated[bool, typer.Option("--no-tissue-mask", help="take all of the slide for tissue")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, mps, or lease: a free GPU")]
 Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16 or fp16")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="tiles at once; chosen by the device")]
 Scheduler = Annotated[str, typer.Option("--scheduler", help="Dask: threads, processes or tcp://HOST:PORT")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="of the scheduler; by default the usable CPUs")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="one setting, e.g. nuclei.min_area_um2=10; wins over --config")
+]
+Unattended = Annotated[
+    bool,
+    typer.Option(
+        "--unattended",
+        help="for workflows: wait while another process makes the same; start afresh what has other settings",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="start afresh, whatever is there")]
 FormOption = Annotated[Form, typer.Option("--form", help="outlines, centroids, or one set of points a type")]
 
@@ -90,6 +104,7 @@ def segment(
     slide: SlidePath,
     out: Out = None,
     config: ConfigPath = None,
+    set_: Set = None,
     mpp: Mpp = None,
     model: Model = None,
     roi: Roi = None,
@@ -103,8 +118,8 @@ def segment(
     overwrite: Overwrite = False,
 ) -> None:
     """Find every nucleus of SLIDE: all stages, and all files that come of them."""
-    settings = _settings(config)
-    with _opened(slide, mpp) as opened:
+    settings = _settings(config, set_)
+    with _opened(slide, mpp) as opened, _granted(device) as chosen:
         from wsipipe.model.weights import DEFAULT_MODEL, load_model
         from wsipipe.stages.segment import segment as run
 
@@ -115,7 +130,7 @@ def segment(
             settings,
             roi=roi,
             everywhere=no_tissue_mask,
-            device=device,
+            device=chosen,
             precision=precision,
             batch_size=batch_size,
             scheduler=scheduler,
@@ -132,13 +147,15 @@ def tissue(
     slide: SlidePath,
     out: Out = None,
     config: ConfigPath = None,
+    set_: Set = None,
     mpp: Mpp = None,
     roi: Roi = None,
     no_tissue_mask: Everywhere = False,
+    unattended: Unattended = False,
 ) -> None:
     """Find the tissue of SLIDE and write tissue.png."""
-    settings = _settings(config)
-    with _opened(slide, mpp) as opened, _claimed(out, opened, "tissue") as folder:
+    settings = _settings(config, set_)
+    with _opened(slide, mpp) as opened, _claimed(out, opened, "tissue", wait=unattended) as folder:
         from wsipipe.stages.tissue import make_tissue
 
         found = make_tissue(opened, folder.tissue, settings.tissue, roi=roi, everywhere=no_tissue_mask)
@@ -150,32 +167,41 @@ def maps(
     slide: SlidePath,
     out: Out = None,
     config: ConfigPath = None,
+    set_: Set = None,
     mpp: Mpp = None,
     model: Model = None,
     device: Device = "auto",
     precision: Precision = "auto",
     batch_size: BatchSize = None,
     overwrite: Overwrite = False,
+    unattended: Unattended = False,
 ) -> None:
     """Run the network over the tissue of SLIDE and write maps.zarr."""
-    settings = _settings(config)
-    with _opened(slide, mpp) as opened, _claimed(out, opened) as folder:
+    settings = _settings(config, set_)
+    claim = ["path"] if unattended else []  # the maps have a lock of their own, which does not wait
+    with _opened(slide, mpp) as opened, _claimed(out, opened, *claim, wait=unattended) as folder:
         from wsipipe.model.weights import DEFAULT_MODEL, load_model
         from wsipipe.stages.maps import make_maps
         from wsipipe.stages.tissue import read_tissue
 
-        summary = make_maps(
-            opened,
-            read_tissue(folder.tissue, opened),
-            load_model(model or DEFAULT_MODEL),
-            folder.maps,
-            settings,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-            overwrite=overwrite,
-            progress=True,
-        )
+        mask, network = read_tissue(folder.tissue, opened), load_model(model or DEFAULT_MODEL)
+
+        def run(overwrite: bool) -> "MapsSummary":
+            return make_maps(
+                opened,
+                mask,
+                network,
+                folder.maps,
+                settings,
+                device=chosen,
+                precision=precision,
+                batch_size=batch_size,
+                overwrite=overwrite,
+                progress=True,
+            )
+
+        with _granted(device) as chosen:
+            summary = _renewed(run, overwrite, unattended)
     typer.echo(f"{summary.tiles} tiles: {folder.maps}")
 
 
@@ -184,26 +210,31 @@ def nuclei(
     slide: SlidePath,
     out: Out = None,
     config: ConfigPath = None,
+    set_: Set = None,
     mpp: Mpp = None,
     scheduler: Scheduler = "threads",
     workers: Workers = None,
     overwrite: Overwrite = False,
+    unattended: Unattended = False,
 ) -> None:
     """Find the nuclei in the maps of SLIDE and write nuclei.parquet; needs no network, so settings can be tried."""
-    settings = _settings(config)
-    with _opened(slide, mpp) as opened, _claimed(out, opened, "nuclei") as folder:
+    settings = _settings(config, set_)
+    with _opened(slide, mpp) as opened, _claimed(out, opened, "nuclei", wait=unattended) as folder:
         from wsipipe.stages.nuclei import make_nuclei
 
-        summary = make_nuclei(
-            opened,
-            folder.maps,
-            folder.nuclei,
-            settings.nuclei,
-            scheduler=scheduler,
-            workers=workers,
-            overwrite=overwrite,
-            progress=True,
-        )
+        def run(overwrite: bool) -> "NucleiSummary":
+            return make_nuclei(
+                opened,
+                folder.maps,
+                folder.nuclei,
+                settings.nuclei,
+                scheduler=scheduler,
+                workers=workers,
+                overwrite=overwrite,
+                progress=True,
+            )
+
+        summary = _renewed(run, overwrite, unattended)
     typer.echo(f"{summary.meta.count} nuclei: {folder.nuclei}")
     if summary.seams is not None:
         typer.echo(str(summary.seams))
@@ -219,9 +250,10 @@ def export(
         bool, typer.Option("--no-crop", help="do not subtract the slide's bounds: for QuPath's own --no-crop")
     ] = False,
     split: Annotated[int | None, typer.Option("--split", min=1, help="several files of so many nuclei")] = None,
+    unattended: Unattended = False,
 ) -> None:
     """Write nuclei.geojson.gz for QuPath and overlay.png from the nuclei of SLIDE."""
-    with _opened(slide, mpp) as opened, _claimed(out, opened, "geojson") as folder:
+    with _opened(slide, mpp) as opened, _claimed(out, opened, "geojson", wait=unattended) as folder:
         from wsipipe.stages.export import make_export
         from wsipipe.stages.tissue import read_tissue
 
@@ -293,6 +325,7 @@ def models() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the slide and its results")] = Path("demo"),
+    slide_only: Annotated[bool, typer.Option("--slide-only", help="make the slide, leave it to others")] = False,
 ) -> None:
     """Make a small slide of real tissue, without a network, and segment it."""
     from wsipipe.demo import make_demo_slide
@@ -301,7 +334,8 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         make_demo_slide(path)
-    segment(str(path), out=out / "results")
+    if not slide_only:
+        segment(str(path), out=out / "results")
 
 
 @app.command()
@@ -328,10 +362,10 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _settings(path: Path | None) -> "Config":
-    from wsipipe.config import load_config
+def _settings(path: Path | None, overrides: list[str] | None = None) -> "Config":
+    from wsipipe.config import load_config, parse_overrides
 
-    return load_config(path)
+    return load_config(path, parse_overrides(overrides or []))
 
 
 def _opened(path: str, mpp: float | None) -> "Slide":
@@ -347,10 +381,29 @@ def _folder(out: Path | None, slide: "Slide") -> "ResultFolder":
 
 
 @contextmanager
-def _claimed(out: Path | None, slide: "Slide", *outputs: str) -> "Iterator[ResultFolder]":
+def _claimed(out: Path | None, slide: "Slide", *outputs: str, wait: bool = False) -> "Iterator[ResultFolder]":
     folder = _folder(out, slide)
-    with folder.claimed(slide, *(getattr(folder, output) for output in outputs)):
+    with folder.claimed(slide, *(getattr(folder, output) for output in outputs), wait=wait):
         yield folder
+
+
+@contextmanager
+def _granted(device: str) -> "Iterator[str]":
+    from wsipipe.lease import granted
+
+    with granted(device) as name:
+        yield name
+
+
+def _renewed(run: "Callable[[bool], T]", overwrite: bool, unattended: bool) -> "T":
+    """`run(overwrite)`; where nobody watches, what is there with other settings is made afresh."""
+    try:
+        return run(overwrite)
+    except SettingsError as error:
+        if not unattended:
+            raise
+        logging.getLogger(__name__).warning("starting afresh: %s", error)
+        return run(True)
 
 
 def _say(summary: "SegmentSummary") -> None:

@@ -5,6 +5,7 @@ Only what changes a result is here. Devices, threads and folders belong to the c
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +91,37 @@ def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] |
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{path or 'the settings'}: {faults(error)}") from error
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Settings given as "nuclei.min_area_um2=10", values in YAML, as `load_config` takes them.
+
+    Raises
+    ------
+    ConfigError
+        With every text that is not of that form.
+
+    Examples
+    --------
+    >>> parse_overrides(["nuclei.min_area_um2=10", "nuclei.hv_scale=[-1, 1]"])
+    {'nuclei': {'min_area_um2': 10, 'hv_scale': [-1, 1]}}
+    """
+    overrides: dict[str, dict[str, Any]] = {}
+    wrong = []
+    for text in texts:
+        place, equals, value = text.partition("=")
+        section, dot, key = place.partition(".")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if equals and dot and section and key:
+            overrides.setdefault(section, {})[key] = parsed
+        else:
+            wrong.append(text)
+    if wrong:
+        raise ConfigError(f"not of the form section.key=value, e.g. nuclei.min_area_um2=10: {', '.join(wrong)}")
+    return overrides
 
 
 def faults(error: ValidationError) -> str:

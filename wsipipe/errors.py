@@ -24,5 +24,9 @@ class StoreError(WsipipeError):
     """A file of ours that is missing, foreign, incomplete or made with other settings."""
 
 
+class SettingsError(StoreError):
+    """A file of ours that is sound, but was made with other settings."""
+
+
 class DataError(WsipipeError):
     """A training or evaluation data set that does not hold what its layout promises."""

@@ -63,10 +63,11 @@ class ResultFolder:
             raise StoreError(f"{self.path} cannot be written to: {reason}; choose another folder with --out") from error
 
     @contextmanager
-    def claimed(self, slide: "Slide", *outputs: Path) -> Iterator[None]:
+    def claimed(self, slide: "Slide", *outputs: Path, wait: bool = False) -> Iterator[None]:
         """Hold the folder for one slide, and `outputs` in it against other processes, while the block runs.
 
-        The first to come writes `slide.json`, which says whose results these are.
+        The first to come writes `slide.json`, which says whose results these are. `wait` waits for outputs that
+        another process writes.
 
         Raises
         ------
@@ -76,7 +77,7 @@ class ResultFolder:
         self.prepare()
         with ExitStack() as held:
             for output in outputs:
-                held.callback(Lock(output).release)
+                held.callback(Lock(output, wait=wait).release)
             self._belongs_to(slide)
             yield
 
@@ -98,8 +99,13 @@ class ResultFolder:
             )
 
 
+def record_of(output: Path) -> Path:
+    """`<output>.json`, the record beside an output."""
+    return output.with_name(output.name + ".json")
+
+
 def write_record(output: Path, **values: Any) -> None:
-    """`<output>.json`: version, command, and what the stage says of its work."""
+    """Write the record of an output: version, command, and what the stage says of its work."""
     record = {"wsipipe": wsipipe.__version__, "command": shlex.join(sys.argv), **values}
-    with finished(output.with_name(output.name + ".json")) as partial:
+    with finished(record_of(output)) as partial:
         partial.write_text(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -12,9 +13,16 @@ from wsipipe.errors import StoreError
 
 log = logging.getLogger(__name__)
 
+PAUSE_S = 0.5  # between two tries of one who waits
+
 
 class Lock:
     """Holds `<path>.lock` from its making to `release`; who holds it is written inside.
+
+    Parameters
+    ----------
+    wait : bool
+        Wait until it is free.
 
     Raises
     ------
@@ -22,7 +30,8 @@ class Lock:
         If another process, or another lock of this one, holds it; says which.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
+        self._wait, self._waited = wait, False
         self._place = path.with_name(path.name + ".lock")
         self._place.parent.mkdir(parents=True, exist_ok=True)
         while not self._took(path):
@@ -47,7 +56,14 @@ class Lock:
             self._file.seek(0)
             holder = self._file.read().strip()
             self._file.close()
-            raise StoreError(f"{path} is in use by {holder or 'another process'}; wait for it or stop it") from None
+            holder = holder or "another process"
+            if not self._wait:
+                raise StoreError(f"{path} is in use by {holder}; wait for it or stop it") from None
+            if not self._waited:
+                log.info("%s is in use by %s; waiting for it", path, holder)
+            self._waited = True
+            time.sleep(PAUSE_S)
+            return False
         except OSError as error:  # some network file systems have no locks
             log.warning("%s cannot be locked (%s); make sure that one process writes it", path, error)
         # The last holder may have removed the file between our opening and locking it: then nobody else sees this lock.

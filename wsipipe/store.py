@@ -21,7 +21,7 @@ from zarr.codecs import ZstdCodec
 
 import wsipipe
 from wsipipe.device import Precision
-from wsipipe.errors import StoreError
+from wsipipe.errors import SettingsError, StoreError
 from wsipipe.geometry import Box, Grid
 from wsipipe.lock import Lock
 from wsipipe.maps import Maps
@@ -396,7 +396,7 @@ class MapStore:
             if stored.get(name) != asked.get(name)
         ]
         if differing:
-            raise StoreError(
+            raise SettingsError(
                 f"{self._root} was made otherwise: {'; '.join(differing)}; "
                 "run it as it was, or start afresh with --overwrite"
             )

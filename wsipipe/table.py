@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 
-from wsipipe.errors import StoreError
+from wsipipe.errors import SettingsError, StoreError
 from wsipipe.features import NUCLEI_SCHEMA
 from wsipipe.geometry import Box, Grid
 from wsipipe.neighbours import Neighbourhood
@@ -220,7 +220,7 @@ class NucleiSpool:
         differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
         if differing:
             which = "; ".join(f"{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}" for key in differing[:5])
-            raise StoreError(
+            raise SettingsError(
                 f"{self.folder} was begun with other settings: {which}; "
                 "pass --overwrite to start afresh, or give the former settings to go on"
             )

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ from wsipipe.device import (
     usable_cpus,
 )
 from wsipipe.errors import ConfigError, ModelError, StoreError, WsipipeError
+from wsipipe.folder import record_of, write_record
 from wsipipe.geometry import Box, Grid
 from wsipipe.maps import Maps, NetworkMaps, to_input, to_maps
 from wsipipe.model.spec import ModelSpec
@@ -188,6 +189,14 @@ def make_maps(
             batch_size=batch_size,
         )
     log.info("%s: %s", slide.name, summary)
+    if todo or not record_of(out).exists():
+        write_record(
+            out,
+            slide=slide.path,
+            config=config.model_dump(mode="json", include={"tissue", "maps"}),
+            model={"name": spec.name, "weights_sha256": sha256},
+            **asdict(summary),
+        )
     return summary
 
 

@@ -14,7 +14,7 @@ import shapely
 
 import wsipipe
 from wsipipe.config import NucleiConfig
-from wsipipe.errors import ConfigError, StoreError
+from wsipipe.errors import ConfigError, SettingsError, StoreError
 from wsipipe.features import BlockQC, nuclei_of_block
 from wsipipe.folder import write_record
 from wsipipe.geometry import Box
@@ -238,5 +238,7 @@ def _existing(out: Path, meta: NucleiMeta) -> NucleiMeta | None:
     differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
     if differing:
         said = "; ".join(f"{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}" for key in differing[:5])
-        raise StoreError(f"{out} was made with other settings: {said}; make it again with `wsipipe nuclei --overwrite`")
+        raise SettingsError(
+            f"{out} was made with other settings: {said}; make it again with `wsipipe nuclei --overwrite`"
+        )
     return there

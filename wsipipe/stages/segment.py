@@ -89,7 +89,7 @@ def segment(
             )
             clock.lap("maps")
             # Not before: maps of other tissue are refused above, and then nothing may have changed.
-            write_tissue(tissue, folder.tissue, slide, config.tissue)
+            write_tissue(tissue, folder.tissue, slide, config.tissue, clock.laps["tissue"])
             nuclei = behind.finish()
         clock.lap("nuclei")
         export = make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, form=form)

@@ -49,13 +49,14 @@ def make_tissue(
     """Find the tissue and write its mask to `out`."""
     started = time.monotonic()
     tissue = find_tissue(slide, config, roi=roi, everywhere=everywhere)
-    write_tissue(tissue, out, slide, config)
-    log.info("%s: %.2f mm² of tissue in %.1f s", slide.name, tissue.area_mm2, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    write_tissue(tissue, out, slide, config, seconds)
+    log.info("%s: %.2f mm² of tissue in %.1f s", slide.name, tissue.area_mm2, seconds)
     return tissue
 
 
-def write_tissue(tissue: TissueMask, out: Path, slide: Slide, config: TissueConfig) -> None:
-    """Store a mask as a PNG that says where its pixels lie; one that is there is replaced."""
+def write_tissue(tissue: TissueMask, out: Path, slide: Slide, config: TissueConfig, seconds: float) -> None:
+    """Store a mask, found in `seconds`, as a PNG that says where its pixels lie; one that is there is replaced."""
     about = {
         "format": FORMAT_VERSION,
         "fingerprint": slide.fingerprint,
@@ -66,7 +67,15 @@ def write_tissue(tissue: TissueMask, out: Path, slide: Slide, config: TissueConf
     text.add_text("wsipipe", json.dumps(about), zip=True)
     with finished(out) as partial:
         Image.fromarray(tissue.mask).save(partial, "PNG", pnginfo=text)
-    write_record(out, slide=slide.path, config=config.model_dump(), mm2=tissue.area_mm2)
+    write_record(
+        out,
+        slide=slide.path,
+        mpp={"x": slide.mpp_x0, "y": slide.mpp_y0, "source": slide.mpp_source},
+        config=config.model_dump(),
+        mm2=tissue.area_mm2,
+        share=float(tissue.mask.mean()),
+        seconds=round(seconds, 3),
+    )
 
 
 def read_tissue(path: Path, slide: Slide) -> TissueMask:
