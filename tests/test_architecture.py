@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "wsipipe"
 PURE = (
     "geometry", "tissue", "tiles", "maps", "instances", "outlines", "features", "neighbours", "seams", "metrics",
-    "training.targets",
+    "comparison", "training.targets",
 )  # fmt: skip
 SHELL = ("slide", "store", "stages")
 FOREIGN = ("zarr", "torch")

@@ -271,6 +271,22 @@ def export(
 
 
 @app.command()
+def compare(
+    true: Annotated[Path, typer.Argument(metavar="A", help="the truth: nuclei.parquet, .geojson(.gz) or a mask")],
+    found: Annotated[Path, typer.Argument(metavar="B", help="what is scored: the same kinds of file")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the files to be, without ending")] = Path("comparison"),
+    mpp: Mpp = None,
+    at: Annotated[tuple[int, int], typer.Option("--at", help="x and y of a mask's corner on the slide, px")] = (0, 0),
+) -> None:
+    """Score the nuclei of B against those of A: PQ, DQ, SQ, AJI, Dice and F1, of all and by type."""
+    from wsipipe.stages.compare import make_comparison
+
+    _, table = make_comparison(true, found, out, mpp=mpp, at=at)
+    typer.echo(table)
+    typer.echo(f"written to {out}.md and {out}.json")
+
+
+@app.command()
 def info(slide: SlidePath, mpp: Mpp = None, model: Model = None, config: ConfigPath = None) -> None:
     """Say what SLIDE tells of itself, and what wsipipe would do with it."""
     settings = _settings(config)

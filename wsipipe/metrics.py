@@ -38,15 +38,18 @@ def _numbered(instance_map: IntMap) -> tuple[npt.NDArray[np.int32], Ints]:
 
 @dataclass(frozen=True, eq=False)
 class Overlaps:
-    """Every pair of a true and a predicted nucleus that share a pixel, by row of the lists of nuclei."""
+    """Every pair of a true and a predicted nucleus that share area, by row of the lists of nuclei.
+
+    Areas count pixels, or are in any other unit.
+    """
 
     true_ids: Ints
     predicted_ids: Ints
-    true_area: Ints
-    predicted_area: Ints
+    true_area: Ints | Floats
+    predicted_area: Ints | Floats
     true: Ints
     predicted: Ints
-    shared: Ints
+    shared: Ints | Floats
 
     @classmethod
     def between(cls, true_map: IntMap, predicted_map: IntMap) -> "Overlaps":
@@ -68,8 +71,8 @@ class Overlaps:
         )
 
     @property
-    def union(self) -> Ints:
-        union: Ints = self.true_area[self.true] + self.predicted_area[self.predicted] - self.shared
+    def union(self) -> Ints | Floats:
+        union: Ints | Floats = self.true_area[self.true] + self.predicted_area[self.predicted] - self.shared
         return union
 
     def matches(self, iou: float) -> tuple[Ints, Ints, Floats]:
@@ -146,7 +149,11 @@ def aggregated_jaccard(true_map: IntMap, predicted_map: IntMap) -> float:
     Two true nuclei may have the same best partner. NaN if both maps are empty. Kumar et al. 2017,
     doi:10.1109/TMI.2017.2677499.
     """
-    overlaps = Overlaps.between(true_map, predicted_map)
+    return best_overlap_jaccard(Overlaps.between(true_map, predicted_map))
+
+
+def best_overlap_jaccard(overlaps: Overlaps) -> float:
+    """`aggregated_jaccard` of overlaps that are known already, in pixels or any other unit of area."""
     union = overlaps.union
     best_first = np.lexsort((overlaps.predicted, -overlaps.shared / union, overlaps.true))
     best = best_first[np.unique(overlaps.true[best_first], return_index=True)[1]]

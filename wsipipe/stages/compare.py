@@ -1,0 +1,302 @@
+"""How well two sets of nuclei agree: tables, GeoJSON or painted masks, in any combination."""
+
+import gzip
+import json
+import logging
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import geopandas
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import shapely
+import tifffile
+from PIL import Image
+
+from wsipipe.comparison import OutlinedNuclei, Scores, compare, to_table
+from wsipipe.errors import ConfigError, DataError, StoreError
+from wsipipe.folder import write_record
+from wsipipe.outlines import trace_outlines
+from wsipipe.store import finished
+from wsipipe.table import read_nuclei
+
+log = logging.getLogger(__name__)
+
+RADIUS_UM = 3.0  # how far apart the centres of a pair may be: 12 px at 0.25 µm/px, as usual
+PIECE = 1 << 20  # characters of a GeoJSON file read at a time
+AREAS = ("Polygon", "MultiPolygon")
+
+
+@dataclass(frozen=True, eq=False)
+class NucleiFile:
+    """What a file of nuclei holds, on the level-0 px of its slide; `mpp` and `fingerprint` where it tells them.
+
+    `size` (width, height) is the part of the slide that the file speaks of, from its corner `at`; None for all of it.
+    """
+
+    nuclei: OutlinedNuclei
+    mpp: float | None
+    fingerprint: str | None
+    at: tuple[int, int] = (0, 0)
+    size: tuple[int, int] | None = None
+
+
+def make_comparison(
+    true: Path, found: Path, out: Path, *, mpp: float | None = None, at: tuple[int, int] = (0, 0)
+) -> tuple[dict[str, Scores], str]:
+    """Score the nuclei of `found` against those of `true`; write `<out>.json` and `<out>.md`.
+
+    Parameters
+    ----------
+    true, found : Path
+        nuclei.parquet or another GeoParquet of outlines; .geojson(.gz) of outlines; or an image (PNG, TIFF, NPY) whose
+        pixels are those of level 0 and hold the number of their nucleus, 0 for none. Beside a mask, `<name>.csv` or
+        `../types/<name>.csv` with the columns id and type tells the types.
+    mpp : float, optional
+        µm per level-0 px, where no file tells it: the centres of a pair are no farther apart than `RADIUS_UM`.
+    at : (int, int)
+        Level-0 px (x, y) of the corner of a mask. Nuclei whose centre lies beside the mask are left out.
+
+    Returns
+    -------
+    dict, str
+        Scores by type, "all" first, and the table that shows them.
+
+    Raises
+    ------
+    WsipipeError
+        If a file is missing, of another kind, or of another slide, or mpp is not known.
+    """
+    started = time.monotonic()
+    files = [read_nuclei_file(path, at) for path in (true, found)]
+    prints = {file.fingerprint for file in files} - {None}
+    if len(prints) > 1:
+        raise DataError(f"{true} and {found} are of different slides; compare nuclei of one slide")
+    mpp = mpp or next((file.mpp for file in files if file.mpp), None)
+    if mpp is None:
+        raise ConfigError(f"neither {true.name} nor {found.name} states its resolution; pass --mpp, e.g. --mpp 0.25")
+    for file in files:
+        if file.size is not None:
+            files = [_within(other, file.at, file.size) for other in files]
+    scores = compare(files[0].nuclei, files[1].nuclei, RADIUS_UM / mpp)
+    table = to_table(scores)
+    with finished(out.with_name(out.name + ".md")) as partial:
+        partial.write_text(f"`{found}` against `{true}`\n\n{table}", encoding="utf-8")
+    told = {
+        name: {key: None if value != value else value for key, value in asdict(of).items()}
+        for name, of in scores.items()
+    }
+    seconds = time.monotonic() - started
+    write_record(
+        out, true=str(true), found=str(found), mpp=mpp, radius_um=RADIUS_UM, scores=told, seconds=round(seconds, 3)
+    )
+    log.info("compared %d nuclei with %d in %.1f s", scores["all"].found, scores["all"].true, seconds)
+    return scores, table
+
+
+def read_nuclei_file(path: Path, at: tuple[int, int] = (0, 0)) -> NucleiFile:
+    """The nuclei of a table, a GeoJSON file or a mask whose corner lies at `at`."""
+    if not path.exists():
+        raise StoreError(f"{path} does not exist; give a table, a GeoJSON file or a mask of nuclei")
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return _read_table(path)
+    if name.removesuffix(".gz").endswith((".geojson", ".json")):
+        return _read_geojson(path)
+    return _read_mask(path, at)
+
+
+def _read_table(path: Path) -> NucleiFile:
+    try:
+        meta, batches = read_nuclei(path, ["type", "type_id", "geometry"])
+    except StoreError as ours:
+        try:
+            frame = geopandas.read_parquet(path)
+        except (ValueError, pa.ArrowInvalid):
+            raise ours from None
+        types = frame["type"].fillna("") if "type" in frame else np.full(len(frame), "")
+        return NucleiFile(_outlined(path, frame.geometry.to_numpy(), np.asarray(types, str)), None, None)
+    outlines, types = [np.empty(0, object)], [np.empty(0, str)]
+    for batch in batches:
+        outlines.append(shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False)))
+        named = batch["type_id"].to_numpy() > 0
+        types.append(np.where(named, batch["type"].to_numpy(zero_copy_only=False).astype(str), ""))
+    nuclei = _outlined(path, np.concatenate(outlines), np.concatenate(types))
+    return NucleiFile(nuclei, float(np.sqrt(meta.grid.mpp_x0 * meta.grid.mpp_y0)), meta.fingerprint)
+
+
+def _read_geojson(path: Path) -> NucleiFile:
+    outlines: list[shapely.Geometry] = []
+    types: list[str] = []
+    told: dict[str, Any] = {}
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig")
+            if path.suffix.lower() == ".gz"
+            else path.open(encoding="utf-8-sig") as file
+        ):
+            for feature in read_features(file, told):
+                outlines.append(shapely.geometry.shape(feature["geometry"]))
+                properties = feature.get("properties") or {}
+                kind = properties.get("classification") or {}
+                types.append(str(kind.get("name", "") if isinstance(kind, dict) else kind))
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        shapely.GEOSException,
+    ) as error:
+        raise DataError(f"{path} cannot be read as GeoJSON of nuclei: {error}") from error
+    ours = told.get("wsipipe") or {}
+    polygons = np.array(outlines, object)
+    if any(ours.get("offset_px0", ())):
+        polygons = shapely.transform(polygons, lambda xy: xy + ours["offset_px0"])
+    mpp = float(np.sqrt(ours["mpp_x0"] * ours["mpp_y0"])) if "mpp_x0" in ours else None
+    return NucleiFile(_outlined(path, polygons, np.array(types, str)), mpp, ours.get("fingerprint"))
+
+
+def read_features(file: TextIO, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The features of a FeatureCollection one by one, to the file's last byte; `told` gets the members before them.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, no FeatureCollection, or ends too early or too late.
+    """
+    text, decode = "", json.JSONDecoder().raw_decode
+    while (start := text.find('"features"')) < 0:
+        if not (more := file.read(PIECE)):
+            raise ValueError("it is no FeatureCollection")
+        text += more
+    told |= json.loads(text[:start].rstrip().rstrip(",") + "}")
+    at = start + len('"features"')
+    for sign in ":[":
+        at, text = _significant(file, text, at)
+        if text[at] != sign:
+            raise ValueError("its features are no list")
+        at += 1
+    first = True
+    while True:
+        at, text = _significant(file, text, at)
+        if text.startswith("]", at):
+            break
+        if not first:
+            if not text.startswith(",", at):
+                raise ValueError("a comma is missing between features")
+            at, text = _significant(file, text, at + 1)
+        while True:
+            try:
+                feature, at = decode(text, at)
+                break
+            except json.JSONDecodeError:
+                if not (more := file.read(PIECE)):
+                    raise
+                text, at = text[at:] + more, 0
+        first = False
+        yield feature
+    rest = "{" + (text[at + 1 :] + file.read()).lstrip().removeprefix(",")
+    told |= json.loads(rest)
+
+
+def _significant(file: TextIO, text: str, at: int) -> tuple[int, str]:
+    """The next place that is not blank, and the text that holds it."""
+    while True:
+        while at < len(text) and text[at] in " \t\r\n":
+            at += 1
+        if at < len(text):
+            return at, text
+        text, at = file.read(PIECE), 0
+        if not text:
+            raise ValueError("it ends within its features")
+
+
+def _read_mask(path: Path, at: tuple[int, int]) -> NucleiFile:
+    try:
+        if path.suffix.lower() == ".npy":
+            mask = np.load(path, allow_pickle=False)
+        elif path.suffix.lower() in (".tif", ".tiff"):
+            mask = tifffile.imread(path)
+        else:
+            with Image.open(path) as image:
+                mask = np.asarray(image)
+    except (OSError, ValueError, tifffile.TiffFileError) as error:
+        raise DataError(f"{path} is neither a table, nor GeoJSON, nor a mask of nuclei: {error}") from error
+    if mask.ndim != 2 or mask.dtype.kind not in "iu" or (mask.size and mask.min() < 0):
+        raise DataError(f"{path} is an image of {mask.shape} {mask.dtype}, no mask of one whole number a pixel")
+    ids, labels = np.unique(mask, return_inverse=True)
+    if ids.size and ids[0] != 0:
+        ids, labels = np.append(0, ids), labels + 1
+    outlines = mask_outlines(labels.reshape(mask.shape).astype(np.int32))
+    outlines = shapely.transform(outlines, lambda xy: xy + np.array(at))
+    types = _mask_types(path, ids[1:])
+    height, width = mask.shape
+    return NucleiFile(OutlinedNuclei(outlines, types), None, None, at, (width, height))
+
+
+def mask_outlines(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.object_]:
+    """Outlines of the nuclei 1 to N of an instance map, whose areas are exactly their pixels; pieces and holes stay."""
+    n = int(labels.max(initial=0))
+    if not n:
+        return np.empty(0, object)
+    pixels = np.flatnonzero(labels)
+    count = np.bincount(labels.ravel(), minlength=n + 1)[1:]
+    _, first = np.unique(labels.ravel()[pixels], return_index=True)
+    places = np.column_stack(np.divmod(pixels[first], labels.shape[1])).astype(np.int32)
+    traced = trace_outlines(labels, np.arange(1, n + 1, dtype=np.int32), places, 0)
+    outlines: npt.NDArray[np.object_] = shapely.polygons(shapely.linearrings(traced.points / 2, indices=traced.ring))
+    broken = np.flatnonzero(traced.tangled | (traced.area_px != count))
+    for i, own in zip(broken, _pixels_of(labels, broken + 1), strict=True):
+        y, x = np.divmod(own, labels.shape[1])
+        outlines[i] = shapely.union_all(shapely.box(x, y, x + 1, y + 1))
+    return outlines
+
+
+def _pixels_of(labels: npt.NDArray[np.int32], ids: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Places of the pixels of some nuclei, in one pass."""
+    wanted = np.zeros(int(labels.max(initial=0)) + 1, bool)
+    wanted[ids] = True
+    pixels = np.flatnonzero(wanted[labels])
+    owner = labels.ravel()[pixels]
+    order = np.argsort(owner, kind="stable")
+    return np.split(pixels[order], np.flatnonzero(np.diff(owner[order])) + 1) if ids.size else []
+
+
+def _mask_types(path: Path, ids: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
+    for place in (path.with_suffix(".csv"), path.parent.parent / "types" / f"{path.stem}.csv"):
+        if place.exists():
+            lines = [line.split(",") for line in place.read_text(encoding="utf-8-sig").split()]
+            if lines[:1] != [["id", "type"]]:
+                raise DataError(f"{place} does not begin with the columns id,type")
+            types = dict(lines[1:])
+            return np.array([types.get(str(i), "") for i in ids], str)
+    return np.full(ids.size, "")
+
+
+def _outlined(path: Path, outlines: npt.NDArray[np.object_], types: npt.NDArray[np.str_]) -> OutlinedNuclei:
+    """Areas only, repaired where they are not valid."""
+    kinds = set(shapely.get_type_id(outlines).tolist())
+    if not kinds <= {3, 6}:
+        raise DataError(f"{path} holds other things than {' and '.join(AREAS)}; compare outlines: --form outlines")
+    invalid = ~shapely.is_valid(outlines)
+    if invalid.any():
+        outlines = outlines.copy()
+        outlines[invalid] = shapely.buffer(outlines[invalid], 0)
+    some = shapely.area(outlines) > 0
+    return OutlinedNuclei(outlines[some], types[some])
+
+
+def _within(file: NucleiFile, at: tuple[int, int], size: tuple[int, int]) -> NucleiFile:
+    """Only the nuclei whose centre lies in a part of the slide."""
+    x, y = shapely.get_coordinates(shapely.centroid(file.nuclei.outlines)).T - np.array(at)[:, None]
+    kept = (x >= 0) & (x < size[0]) & (y >= 0) & (y < size[1])
+    nuclei = OutlinedNuclei(file.nuclei.outlines[kept], file.nuclei.types[kept])
+    return NucleiFile(nuclei, file.mpp, file.fingerprint, file.at, file.size)
