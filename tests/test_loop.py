@@ -1,12 +1,20 @@
 """The training loop on drawn discs: it learns, it resumes to the same bits, and its result is a model."""
 
 import csv
+import json
+import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from made_patches import CLASSES, write_set
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from wsipipe.errors import ConfigError, StoreError
 from wsipipe.model.registry import CONSEP_CLASSES, SPECS
@@ -14,7 +22,9 @@ from wsipipe.model.weights import load_model, read_spec
 from wsipipe.training import loop
 from wsipipe.training.data import PatchSet
 from wsipipe.training.evaluate import evaluate
-from wsipipe.training.loop import TrainConfig, load_experiment, rate, train
+from wsipipe.training.loop import TrainConfig, load_experiment, rate, spec_of, train
+from wsipipe.training.miniature import make_pannuke
+from wsipipe.training.sources.pannuke import prepare_pannuke
 
 PLAIN = {"geometry": {"near_mpp": (0.25, 0.25), "far_mpp": (0.25, 0.25)}}
 
@@ -26,7 +36,14 @@ def discs(tmp_path_factory) -> Path:
 
 def config(discs: Path, **changes) -> TrainConfig:
     given = {"data": {discs: 1.0}, "recipe": PLAIN, "crop_px": 64, "batch_size": 2, "steps": 6, "workers": 0}
-    quick = {"validate_every": 3, "log_every": 1, "warmup_steps": 2, "device": "cpu", "precision": "fp32"}
+    quick = {
+        "validate_every": 3,
+        "log_every": 1,
+        "warmup_steps": 2,
+        "device": "cpu",
+        "precision": "fp32",
+        "tensorboard": False,
+    }
     return TrainConfig(**{**given, **quick, **changes})
 
 
@@ -96,20 +113,25 @@ def test_what_is_frozen_stays_as_it_was(trains, frozen, discs, tmp_path):
 
 def test_the_rate_rises_then_holds_then_falls_to_nothing(discs):
     settings = config(discs, steps=100, warmup_steps=10, decay_share=0.3)
-    rates = [rate(step, settings) for step in range(100)]
+    rates = [rate(step, settings, 100, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:70] == [1.0] * 61
     assert all(a > b for a, b in pairwise(rates[70:]))
     assert rates[-1] < 0.01
 
 
-def test_data_of_other_classes_and_unknown_models_are_refused(tmp_path):
-    other = write_set(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"the data name \('background', 'round', 'long'\)"):
-        train(config(other), tmp_path / "run")
+def test_a_network_gets_the_classes_of_its_data(tmp_path):
+    own = write_set(tmp_path / "own")
+    spec = read_spec(train(config(own, steps=1), tmp_path / "run"))
+    assert spec.class_names == CLASSES
+    assert len(spec.class_colours) == len(CLASSES)
+
+
+def test_unknown_models_and_settings_are_refused(discs, tmp_path):
     with pytest.raises(ConfigError, match="no model is called 'resnet'"):
-        train(config(other, model="resnet"), tmp_path / "run")
-    assert CLASSES != CONSEP_CLASSES
+        train(config(discs, model="resnet"), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"losses: .*'fancy'"):
+        train(config(discs, losses={"fancy": 1.0}), tmp_path / "run")
 
 
 def test_an_experiment_file_is_read_and_its_faults_come_all_at_once(discs, tmp_path):
@@ -122,3 +144,187 @@ def test_an_experiment_file_is_read_and_its_faults_come_all_at_once(discs, tmp_p
     path.write_text("- a list\n")
     with pytest.raises(ConfigError, match=r"experiment\.yaml"):
         load_experiment(path)
+
+
+def test_an_experiment_changes_its_base_by_a_few_lines(discs, tmp_path):
+    (tmp_path / "base.yaml").write_text(f"data: {{{discs}: 1.0}}\nsteps: 5\nseed: 3\nsettings: {{dim: 32, heads: 2}}\n")
+    path = tmp_path / "child.yaml"
+    path.write_text("base: base.yaml\nseed: 4\nsettings: {heads: 4}\n")
+    settings = load_experiment(path, {"steps": 7})
+    assert (settings.seed, settings.steps, settings.settings) == (4, 7, {"dim": 32, "heads": 4})
+    path.write_text("base: child.yaml\n")
+    with pytest.raises(ConfigError, match="its own base"):
+        load_experiment(path)
+
+
+def test_variants_are_settings_that_an_experiment_may_change(discs):
+    published = config(discs, variant="published", batch_size=2)
+    assert (published.decay, published.double_softmax, published.batch_size) == (0.95, True, 2)
+    paper = TrainConfig(data={discs: 1.0}, variant="paper", model="cellvta-uni", epochs=1)
+    assert (paper.decay, paper.double_softmax, paper.batch_size) == (0.85, False, 4)
+    settings = spec_of(paper, None, ["a", "b"]).settings
+    assert (settings["class_token"], settings["gamma"], settings["tissue_classes"]) == ("attend", 0.0, 2)
+
+
+def test_the_published_schedule_falls_once_an_epoch(discs):
+    settings = TrainConfig(data={discs: 1.0}, variant="published", epochs=3)
+    rates = [rate(step, settings, 31, 10.5) for step in range(31)]
+    assert rates[:11] == [1.0] * 11  # steps that begin within the first epoch
+    assert rates[11] == pytest.approx(0.95)
+    assert rates[21] == pytest.approx(0.95**2)
+
+
+def test_steps_or_epochs_but_not_both(discs):
+    with pytest.raises(ValueError, match="either steps or epochs"):
+        TrainConfig(data={discs: 1.0})
+    with pytest.raises(ValueError, match="either steps or epochs"):
+        TrainConfig(data={discs: 1.0}, steps=1, epochs=1)
+
+
+def test_as_many_parameters_learn_as_in_the_published_run():
+    with torch.device("meta"):
+        network = loop.build(SPECS["cellvta-uni"])
+    loop._freeze(network, "adapter")
+    assert sum(p.numel() for p in network.parameters()) == 387_769_437
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 84_420_701
+
+
+def test_accumulated_batches_are_as_good_as_large_ones(discs, tmp_path):
+    """Exactly so for a loss that is a mean over crops and a network without batch statistics; here, for the crops."""
+    crops = loop._crops(config(discs), SPECS["cellvta-nano"], {discs: PatchSet.open(discs)}, ())
+    team = loop._team(config(discs))
+    large = list(loop._batches(config(discs, batch_size=4), crops, 1, 3, team))
+    small = list(loop._batches(config(discs, batch_size=2, accumulate=2), crops, 1, 3, team))
+    assert len(large) == 2
+    assert len(small) == 4
+    assert torch.equal(large[0]["image"], torch.cat([small[0]["image"], small[1]["image"]]))
+    train(config(discs, batch_size=2, accumulate=2, steps=2), tmp_path)
+
+
+def test_processes_share_a_batch_without_overlap():
+    shares = [list(loop._Share(1, 3, 8, process, 4)) for process in range(4)]
+    assert shares[0] == [8, 9, 16, 17]
+    assert sorted(number for share in shares for number in share) == list(range(8, 24))
+
+
+def test_a_run_ends_early_and_keeps_the_best(discs, tmp_path, monkeypatch):
+    scores = iter([3.0, 2.0, 2.5, 2.6, 1.0])
+    monkeypatch.setattr(loop, "_validate", lambda *_: {"loss": next(scores)})
+    best = train(config(discs, steps=10, validate_every=1, patience=2), tmp_path)
+    with safe_open(best, "pt") as file:
+        notes = json.loads(file.metadata()["wsipipe_notes"])
+    assert notes["step"] == 2
+    assert len(losses(tmp_path)) == 4
+    train(config(discs, steps=10, validate_every=1, patience=2), tmp_path)  # it has ended: nothing more to do
+    assert len(losses(tmp_path)) == 4
+
+
+def test_the_checkpoint_says_what_it_was_made_of(discs, tmp_path):
+    best = train(config(discs, steps=1), tmp_path)
+    with safe_open(best, "pt") as file:
+        notes = json.loads(file.metadata()["wsipipe_notes"])
+    assert notes["config"] == config(discs, steps=1).model_dump(mode="json")
+    assert notes["data"] == {str(discs): PatchSet.open(discs).fingerprint}
+    assert notes["commit"] is None or len(notes["commit"]) == 40
+
+
+def test_other_data_of_the_same_name_are_refused(tmp_path):
+    folder = write_set(tmp_path / "discs")
+    train(config(folder, steps=1), tmp_path / "run")
+    index = (folder / "index.csv").read_text()
+    (folder / "index.csv").write_text(index.replace("i0,g0", "i0,g9"))
+    with pytest.raises(StoreError, match=r"data of .* are not those"):
+        train(config(folder, steps=1), tmp_path / "run")
+
+
+def test_the_best_may_be_told_by_panoptic_quality_and_images_drawn_by_their_types(discs, tmp_path):
+    settings = config(discs, best_by="mPQ", sampling="cell", steps=3, tensorboard=True)
+    train(settings, tmp_path)
+    with (tmp_path / "validation.csv").open() as file:
+        row = next(csv.DictReader(file))
+    assert set(row) == {"step", "loss", "bPQ", "mPQ"}
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_tissues_are_learnt_where_there_is_a_head_for_them(tmp_path):
+    make_pannuke(tmp_path / "src", images=2, side=64)
+    folder = prepare_pannuke(tmp_path / "src", tmp_path / "set").folder
+    changes = {
+        "settings": {"tissue_classes": 19},
+        "sampling": "cell+tissue",
+        "folds": {"train": ["2"], "validation": ["1"]},
+    }
+    best = train(config(folder, steps=2, **changes), tmp_path / "run")
+    assert read_spec(best).settings["tissue_classes"] == 2
+    with (tmp_path / "run/log.csv").open() as file:
+        assert float(next(csv.DictReader(file))["tissue"]) > 0
+
+
+def test_every_image_comes_once_an_epoch_where_they_are_shuffled(discs):
+    sets = {discs: PatchSet.open(discs)}
+    crops = loop._crops(config(discs, sampling="shuffled"), SPECS["cellvta-nano"], sets, ())
+    numbers = [crops._shuffled_image(i)[1] for i in range(20)]
+    assert all(sorted(numbers[i : i + 2]) == [0, 1] for i in range(0, 20, 2))
+    assert len({tuple(numbers[i : i + 2]) for i in range(0, 20, 2)}) == 2
+
+
+def test_training_starts_from_the_weights_of_a_vit(discs, tmp_path):
+    best = train(config(discs, steps=1), tmp_path / "first")
+    ours = {k.removeprefix("encoder.vit."): v for k, v in weights(tmp_path / "first").items() if "encoder.vit." in k}
+    save_file({key: value + 1.0 for key, value in ours.items()}, tmp_path / "vit.safetensors")
+    frozen = {"trains": "adapter", "ema_decay": 0.0, "steps": 1}
+    train(config(discs, encoder=tmp_path / "vit.safetensors", **frozen), tmp_path / "second")
+    second = weights(tmp_path / "second")
+    assert torch.equal(second["encoder.vit.blocks.0.attn.qkv.weight"], ours["blocks.0.attn.qkv.weight"] + 1.0)
+    train(config(discs, start_from=best, **frozen), tmp_path / "third")
+    assert torch.equal(weights(tmp_path / "third")["encoder.vit.pos_embed"], ours["pos_embed"])
+    save_file({"blocks.0.attn.qkv.weight": torch.zeros(2)}, tmp_path / "vit.safetensors")
+    with pytest.raises(ConfigError, match=r"does not fit the ViT"):
+        train(config(discs, encoder=tmp_path / "vit.safetensors", **frozen), tmp_path / "fourth")
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(discs, tmp_path):
+    """With paths that are dropped at random, so that the draws within a step count too."""
+    experiment = tmp_path / "experiment.yaml"
+    settings = config(discs, steps=12, validate_every=4, save_every=2, settings={"drop_path": 0.3}, tensorboard=False)
+    experiment.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    command = [sys.executable, "-m", "wsipipe", "train", str(experiment), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    log = tmp_path / "killed" / "log.csv"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.02)  # until it is under way; the assertions do not depend on how far it came
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(losses(tmp_path / "killed")) < 12, "it was killed before it was done"
+    train(load_experiment(experiment), tmp_path / "killed")
+    train(load_experiment(experiment), tmp_path / "whole")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert (tmp_path / "killed/validation.csv").read_text() == (tmp_path / "whole/validation.csv").read_text()
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(discs, tmp_path):
+    experiment = tmp_path / "experiment.yaml"
+    experiment.write_text(yaml.safe_dump(config(discs, steps=4).model_dump(mode="json")))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+    run = subprocess.run(
+        [*launch, "wsipipe", "train", str(experiment), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(losses(tmp_path / "run")) == 4
+    assert read_spec(tmp_path / "run/best.safetensors").name == "cellvta-nano"

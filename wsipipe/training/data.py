@@ -365,6 +365,7 @@ class FixedCrops(Dataset[Item]):
     crop_px: int = 256
     hv_variant: Variant = "exact"
     tissues: Sequence[str] = ()
+    with_instances: bool = False
 
     @cached_property
     def _places(self) -> list[tuple[int, float, float, float]]:
@@ -382,7 +383,10 @@ class FixedCrops(Dataset[Item]):
         number, x0, y0, seen = self._places[i]
         steps = (np.arange(self.crop_px) + 0.5) * seen / self.crop_px - 0.5
         x, y = np.meshgrid((x0 + steps).astype(np.float32), (y0 + steps).astype(np.float32))
-        item = make_item(self.patches, number, SourceField(x, y, seen / self.crop_px), self.hv_variant)
+        field = SourceField(x, y, seen / self.crop_px)
+        item = make_item(self.patches, number, field, self.hv_variant)
+        if self.with_instances:
+            item["instances"] = torch.from_numpy(field.read_mask(self.patches.instances[number]).astype(np.int32))
         return _with_tissue(item, self.patches, number, self.tissues)
 
 

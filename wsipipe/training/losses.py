@@ -116,7 +116,7 @@ class CellVTALoss(nn.Module):
         target
             `nuclei` (B, H, W) int64, 0 or 1; `offsets` (B, 2, H, W) float32; `types` (B, H, W) int64, 0 to K - 1 or
             `UNKNOWN_TYPE`, which no loss of the types looks at. Optional: `trusted` (B, H, W) bool, where False no
-            loss of the offsets looks; `tissue` (B,) int64.
+            loss of the offsets looks; `tissue` (B,) int64, negative where not known.
         """
         with torch.autocast(output["nuclei"].device.type, enabled=False):
             parts = self._parts({name: value.float() for name, value in output.items()}, target)
@@ -142,7 +142,9 @@ class CellVTALoss(nn.Module):
             "types_focal_tversky": focal_tversky(self._for_tversky(types), true_types, known, per_channel=True),
         }
         if "tissue" in output and "tissue" in target:
-            parts["tissue"] = functional.cross_entropy(output["tissue"], target["tissue"])
+            known_tissue = target["tissue"] >= 0
+            of_each = functional.cross_entropy(output["tissue"], target["tissue"], reduction="none")
+            parts["tissue"] = (of_each * known_tissue).sum() / known_tissue.sum().clamp(min=1)
         return parts
 
     def _for_tversky(self, probability: Tensor) -> Tensor:
