@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench fuzz torture clean
 
 help:  ## say what there is
 	@echo "make TARGET, where TARGET is one of"
@@ -23,8 +23,11 @@ lint: $(READY)  ## check style and types
 bench: $(READY)  ## measure: run every file of benchmarks/ in turn
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PY) "$$file"; done
 
+fuzz: $(READY)  ## read 100,000 damaged and hostile files; every reader must refuse or answer rightly
+	$(PY) tests/fuzz.py --inputs 100000
+
 clean:  ## remove the demo, builds and caches; .venv stays
-	rm -rf demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf demo build dist fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find wsipipe tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A Python counts if it starts, is new enough and can make a virtual environment: Debian splits that off.

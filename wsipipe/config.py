@@ -14,6 +14,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from wsipipe.errors import ConfigError
 
+MOST_YAML_BYTES = 1 << 20
+MOST_FAULTS = 20  # told at once
+
 
 class _Settings(BaseModel, frozen=True, extra="forbid"):
     """Base of all settings: cannot change, refuses unknown keys."""
@@ -77,16 +80,16 @@ def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] |
     """
     values: dict[str, Any] = {}
     if path is not None:
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read as settings: {error}") from error
+        values = read_yaml(path, "settings") or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold sections such as 'nuclei:', not a {type(values).__name__}")
     for section, changes in (overrides or {}).items():
         given = {key: value for key, value in changes.items() if value is not None}
         if given:
-            values = {**values, section: {**(values.get(section) or {}), **given}}
+            there = values.get(section) or {}
+            if not isinstance(there, dict):
+                raise ConfigError(f"{path}: {section} must hold settings, not {there!r:.40}")
+            values = {**values, section: {**there, **given}}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -113,7 +116,7 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         section, dot, key = place.partition(".")
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, OverflowError, AttributeError, RecursionError):
             equals = ""
         if equals and dot and section and key:
             overrides.setdefault(section, {})[key] = parsed
@@ -124,9 +127,32 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     return overrides
 
 
+def read_yaml(path: Path, what: str) -> Any:
+    """What a YAML file holds: plain data, nothing is built or run; `what` it should be is for the error.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_YAML_BYTES + 1)
+        if len(text) > MOST_YAML_BYTES:
+            raise ValueError(f"it is larger than {MOST_YAML_BYTES >> 20} MB")
+        return yaml.safe_load(text.decode("utf-8"))
+    # The loader takes lists for numbers and dates as they come, and calls itself for every level of nesting.
+    except (OSError, ValueError, OverflowError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as {what}: {' '.join(str(error).split())}") from error
+
+
 def faults(error: ValidationError) -> str:
-    """Every fault that pydantic found, each with its place."""
-    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors())
+    """Every fault that pydantic found, each with its place; of very many the first."""
+    found = error.errors(include_input=False)
+    said = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in found[:MOST_FAULTS]]
+    if len(found) > MOST_FAULTS:
+        said.append(f"and {len(found) - MOST_FAULTS} more")
+    return " ".join("; ".join(said).split())
 
 
 def config_hash(*parts: BaseModel | dict[str, Any]) -> str:

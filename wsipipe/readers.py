@@ -7,6 +7,7 @@ what OpenSlide cannot, and Pillow plain pictures.
 
 import contextlib
 import logging
+import math
 import threading
 import warnings
 from functools import lru_cache
@@ -133,10 +134,12 @@ class TiledTiff:
             return None
         try:
             tiff: Any = tifffile.TiffFile(path)
+            pages = []
         except (tifffile.TiffFileError, ValueError, OSError):
             return None
-        by_size = {(page.imagewidth, page.imagelength): page for page in reversed(tiff.pages) if page.is_tiled}
-        pages = [by_size[size] for size in known.sizes if size in by_size and _as_stored(by_size[size])]
+        with contextlib.suppress(Exception):  # whatever a damaged file makes it raise: then OpenSlide reads alone
+            by_size = {(page.imagewidth, page.imagelength): page for page in reversed(tiff.pages) if page.is_tiled}
+            pages = [by_size[size] for size in known.sizes if size in by_size and _as_stored(by_size[size])]
         if len(pages) < len(known.sizes):
             tiff.close()
             return None
@@ -217,7 +220,7 @@ class Picture:
                 self._pixels = _on_white(image)
         except UnidentifiedImageError as error:
             raise SlideError(f"{path} is neither a slide nor a picture of a format that can be read") from error
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, MemoryError) as error:
             raise SlideError(f"{path} cannot be read, it is damaged or incomplete: {error}") from error
         self.sizes = [(width, height)]
         self.properties: dict[str, str] = {}
@@ -238,7 +241,14 @@ def _as_stored(page: Any) -> bool:
         and page.photometric in (2, 6)  # RGB, YCbCr
         and page.compression in SAME_PIXELS
         and (page.photometric == 2 or page.compression == 7)
+        and _lists_its_tiles(page)
     )
+
+
+def _lists_its_tiles(page: Any) -> bool:
+    """Whether a page says of every tile or strip where it is: else its size is a lie, which would be long to read."""
+    declared = math.prod(page.chunked)
+    return bool(0 < declared <= min(len(page.dataoffsets), len(page.databytecounts)))
 
 
 def _open_tiffslide(path: str) -> TiffSlideReader:
@@ -255,6 +265,9 @@ def _open_tiffslide(path: str) -> TiffSlideReader:
                 slide: Any = tiffslide.TiffSlide(file, tifffile_options={"name": Path(path).name})
                 axes = slide.properties["tiffslide.series-axes"]
                 shape, dtype = slide.zarr_group["0"].shape, slide.zarr_group["0"].dtype
+                series = slide.ts_tifffile.series[0]
+                if not all(_lists_its_tiles(page) for level in series.levels for page in level.pages):
+                    raise ValueError("it declares more tiles than it lists")
         except Exception as error:  # TiffSlide lets through whatever any of its layers raises
             raise SlideError(f"{path} cannot be opened as a slide: {' '.join(str(error).split())}") from error
         opened.callback(slide.close)

@@ -16,6 +16,7 @@ from wsipipe.resample import resampled
 
 GIVEN_MPP = (0.01, 100.0)  # what a user may say, and a vendor
 TIFF_MPP = (0.05, 10.0)  # resolution tags are mostly a screen's or a printer's: 72 dpi is 353 µm/px
+MOST_UM = 1e6  # a side: no glass is wider, whatever a damaged header says
 HASHED_BYTES = 1 << 18  # of the head and of the tail of the file
 SOURCE_PX = 2048  # side of what is decoded at once: bounds memory, whatever is asked for
 UM_PER_UNIT = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4}
@@ -56,6 +57,12 @@ class Slide:
         self.reader, self.vendor, self.properties = reader.name, reader.vendor, reader.properties
         self.levels = [(width, height, _downsample(reader.sizes[0], (width, height))) for width, height in reader.sizes]
         self.mpp_x0, self.mpp_y0, self.mpp_source = _resolution(path, reader, mpp)
+        size_um = (self.width_px0 * self.mpp_x0, self.height_px0 * self.mpp_y0)
+        if max(size_um) > MOST_UM:
+            raise SlideError(
+                f"{path} would be {size_um[0] / 1e4:.0f} x {size_um[1] / 1e4:.0f} cm large; it is damaged, "
+                "or its resolution is wrong: pass --mpp"
+            )
         self.bounds = _bounds(reader.properties)
         self.fingerprint = _fingerprint(path, reader.sizes[0])
 

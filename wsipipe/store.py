@@ -176,8 +176,10 @@ class MapStore:
                 counts = np.asarray(arrays[-1][...])
             if _sha256(counts) != attributes["counts"]["sha256"]:
                 raise ValueError("the table of its chunks does not have its checksum")
-        except (KeyError, TypeError, ValueError, OSError, zarr.errors.BaseZarrError) as error:
-            raise StoreError(f"{self._root} is damaged ({error}); make it again with --overwrite") from error
+        except Exception as error:  # each codec and every part of zarr has its own
+            raise StoreError(
+                f"{self._root} is damaged ({' '.join(str(error).split())}); make it again with --overwrite"
+            ) from error
         self._np, self._hv, self._nc, self._tissue = arrays[:-1]
         self.wanted = {int(index): int(counts.flat[index]) for index in np.flatnonzero(counts)}
         self._tissue_sha256: str = attributes["tissue_mask"]

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import mmap
+import re
 import shutil
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = "wsipipe nuclei"
 FORMAT_VERSION = 2
+SUM_KEY = "wsipipe-crc32"  # of the text under the key "wsipipe"; pages have checksums of their own
 ROW_GROUP = 50_000  # nuclei; about 15 MB in memory, and few enough groups for a slide of millions
 # Rows are sorted by squares of this side, so that their order does not tell how the slide was cut into
 # blocks and a row group is a compact region. One row of squares over the slide is held in memory at a time.
@@ -133,28 +137,53 @@ class NucleiSpool:
         self.path = path
         self.meta = meta
         self.folder = path.with_name(path.name + ".partial")
+        self._sound: set[str] = set()
         if overwrite and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / "settings.json"
         ours = json.dumps({**json.loads(meta.to_json()), "blocks": layout}, ensure_ascii=False)
         if record.exists():
-            self._refuse_other_settings(json.loads(record.read_text(encoding="utf-8")), json.loads(ours))
+            try:
+                theirs = json.loads(record.read_bytes())
+                if not isinstance(theirs, dict):
+                    raise ValueError("no settings")
+            except (ValueError, RecursionError) as error:
+                raise StoreError(f"{record} is damaged; pass --overwrite to start afresh") from error
+            self._refuse_other_settings(theirs, json.loads(ours))
         else:
             with finished(record) as partial:
                 partial.write_text(ours, encoding="utf-8")
 
     def done(self) -> set[int]:
-        """Blocks that are there, empty ones included."""
-        return {int(file.stem) for file in self.folder.glob("*.arrow")}
+        """Blocks that are there, empty ones included; one that is not as it was written goes, to be made again."""
+        return set(self._files())
+
+    def _files(self) -> dict[int, Path]:
+        """Files of the blocks; each bears the CRC-32 of its content in its name, compared when first seen."""
+        files = {}
+        for file in sorted(self.folder.glob("*.arrow")):
+            named = re.fullmatch(r"(\d{8,})-([0-9a-f]{8})", file.stem)
+            if named is None:
+                continue
+            if file.name not in self._sound:
+                if _crc(file) != named[2]:
+                    log.warning("%s is damaged; its block is made again", file)
+                    file.unlink()
+                    continue
+                self._sound.add(file.name)
+            files[int(named[1])] = file
+        return files
 
     def add(self, block: int, nuclei: pa.RecordBatch, qc: dict[str, int] | None = None) -> None:
         """Keep the nuclei that `block` owns; `nuclei` has the columns of NUCLEI_SCHEMA and may be empty."""
         if not nuclei.schema.equals(NUCLEI_SCHEMA):
             raise ValueError(f"nuclei have the columns {nuclei.schema.names}, not those of NUCLEI_SCHEMA")
         schema = NUCLEI_SCHEMA.with_metadata({"qc": json.dumps(qc or {})})
-        with finished(self._file(block)) as partial, pa.ipc.new_file(str(partial), schema) as writer:
+        unnamed = self.folder / f"{block:08d}.unnamed"
+        with finished(unnamed) as partial, pa.ipc.new_file(str(partial), schema) as writer:
             writer.write_batch(nuclei.replace_schema_metadata(schema.metadata))
+        unnamed.replace(self.folder / f"{block:08d}-{_crc(unnamed)}.arrow")
 
     def finish(self, blocks: Iterable[int]) -> NucleiMeta:
         """Write the table from `blocks`, which must all be there, and remove the spool.
@@ -171,8 +200,8 @@ class NucleiSpool:
         StoreError
             If a block is missing.
         """
-        wanted = sorted(set(blocks))
-        missing = sorted(set(wanted) - self.done())
+        wanted, files = sorted(set(blocks)), self._files()
+        missing = sorted(set(wanted) - files.keys())
         if missing:
             raise StoreError(
                 f"{self.folder} lacks {len(missing)} of {len(wanted)} blocks, first {missing[0]}; "
@@ -190,30 +219,22 @@ class NucleiSpool:
                 compression="zstd",
                 compression_level=3,
                 use_dictionary=["type"],
+                write_page_checksum=True,
             ) as writer,
         ):
-            for group in _groups(_in_order([self._file(block) for block in wanted], self.meta.grid)):
+            for group in _groups(_in_order([files[block] for block in wanted], self.meta.grid)):
                 writer.write_table(group, row_group_size=ROW_GROUP)
                 for entry in group["type"].value_counts().to_pylist():
                     counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
                 bounds = shapely.total_bounds(shapely.from_wkb(group["geometry"].to_numpy()))
                 extent = np.r_[np.fmin(extent[:2], bounds[:2]), np.fmax(extent[2:], bounds[2:])]
-            meta = replace(self.meta, counts=counts, qc=self._qc(wanted))
-            writer.add_key_value_metadata({"geo": _geo(extent), "wsipipe": meta.to_json()})
+            meta = replace(self.meta, counts=counts, qc=_summed_qc(files[block] for block in wanted))
+            about = {"geo": _geo(extent), "wsipipe": meta.to_json()}
+            writer.add_key_value_metadata({**about, SUM_KEY: _sum(about["wsipipe"].encode())})
         unnamed.replace(self.path)
         shutil.rmtree(self.folder)
         log.debug("%s: %d nuclei from %d blocks", self.path, meta.count, len(wanted))
         return meta
-
-    def _qc(self, blocks: Iterable[int]) -> dict[str, int]:
-        total: Counter[str] = Counter()
-        for block in blocks:
-            with pa.memory_map(str(self._file(block))) as source:
-                total.update(json.loads(pa.ipc.open_file(source).schema.metadata[b"qc"]))
-        return dict(sorted(total.items()))
-
-    def _file(self, block: int) -> Path:
-        return self.folder / f"{block:08d}.arrow"
 
     def _refuse_other_settings(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
         theirs, ours = _flat(theirs), _flat(ours)
@@ -226,33 +247,68 @@ class NucleiSpool:
             )
 
 
+def _summed_qc(files: Iterable[Path]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for file in files:
+        with pa.memory_map(str(file)) as source:
+            total.update(json.loads(pa.ipc.open_file(source).schema.metadata[b"qc"]))
+    return dict(sorted(total.items()))
+
+
 def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> tuple[NucleiMeta, Iterator[pa.RecordBatch]]:
     """What a table says of itself, and its nuclei as a stream; `columns` are all unless named.
 
     Raises
     ------
     StoreError
-        If the file is missing, torn, not a table of nuclei, or of another format version.
+        If the file is missing, torn, not a table of nuclei, or of another format version; from the stream, if a
+        page of it is not as it was written.
     """
     try:
-        stored = pq.read_metadata(path).metadata or {}
+        footer = pq.read_metadata(path)
+        stored = footer.metadata or {}
         if b"wsipipe" not in stored:
             raise StoreError(f"{path} is not a table of nuclei; make one with 'wsipipe nuclei'")
         meta = NucleiMeta.from_json(stored[b"wsipipe"])
+        if stored.get(SUM_KEY.encode()) != _sum(stored[b"wsipipe"]).encode():
+            raise ValueError("its description does not have its checksum")
+        if footer.num_rows != meta.count or not footer.schema.to_arrow_schema().equals(TABLE_SCHEMA):
+            raise ValueError("its columns or rows are not those that it describes")
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist; make it with 'wsipipe nuclei'") from error
     except (OSError, pa.ArrowInvalid) as error:
-        raise StoreError(f"{path} cannot be read as Parquet ({error}); make it again with 'wsipipe nuclei'") from error
-    except (ValueError, TypeError, KeyError) as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        said = " ".join(str(error).split())
         raise StoreError(
-            f"{path} is a table of nuclei that cannot be used: {error}; make it again with 'wsipipe nuclei'"
+            f"{path} is a table of nuclei that cannot be used: {said}; make it again with 'wsipipe nuclei'"
         ) from error
     return meta, _batches(path, columns)
 
 
 def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path, pre_buffer=False) as file:
-        yield from file.iter_batches(batch_size=ROW_GROUP, columns=None if columns is None else list(columns))
+    wanted = None if columns is None else list(columns)
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=ROW_GROUP, columns=wanted):
+                batch.validate(full=True)
+                yield batch
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> StoreError:
+    said = " ".join(str(error).split())
+    return StoreError(f"{path} cannot be read as Parquet ({said}); make it again with 'wsipipe nuclei'")
+
+
+def _crc(file: Path) -> str:
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return f"{zlib.crc32(content):08x}"
+
+
+def _sum(text: bytes) -> str:
+    return f"{zlib.crc32(text):08x}"
 
 
 def _in_order(files: list[Path], grid: Grid) -> Iterator[pa.Table]:

@@ -1,12 +1,15 @@
 """What a caller must know to feed a network and to read its answer."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from wsipipe.errors import ModelError
 
 SPEC_VERSION = 1
+MOST_TILE_PX = 8192
+MOST_CLASSES = 255  # a type is stored as one byte
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,35 @@ class ModelSpec:
             spec = cls(**values)
             (m0, m1, m2), (s0, s1, s2) = spec.mean, spec.std
             colours = tuple((r, g, b) for r, g, b in spec.class_colours)
-            return replace(
+            spec = replace(
                 spec,
                 mean=(m0, m1, m2),
                 std=(s0, s1, s2),
                 class_names=tuple(spec.class_names),
                 class_colours=colours,
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ModelError(f"the checkpoint's description cannot be read: {error}") from error
+            spec._require_sense()
+            return spec
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            said = " ".join(str(error).split())
+            raise ModelError(f"the checkpoint's description cannot be read: {said:.300}") from error
+
+    def _require_sense(self) -> None:
+        """Raise ValueError or TypeError for values that no network has: a file from elsewhere may say anything."""
+        texts = (self.name, self.architecture, self.source, self.licence, *self.class_names)
+        if not all(isinstance(text, str) for text in texts) or not self.name.isprintable():
+            raise TypeError("names, source and licence must be texts, the name of one line")
+        if not (isinstance(self.settings, dict) and isinstance(self.notes, dict)):
+            raise TypeError("settings and notes must be by name")
+        if not 0.01 <= self.mpp <= 100:
+            raise ValueError(f"{self.mpp} µm/px is no resolution")
+        sides = (self.tile_px, self.halo_px)
+        if not all(type(side) is int for side in sides) or not 0 <= 2 * self.halo_px < self.tile_px <= MOST_TILE_PX:
+            raise ValueError(f"tiles of {self.tile_px} px with a halo of {self.halo_px} px cannot be")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} and std {self.std} are no normalisation")
+        names, colours = self.class_names, [value for colour in self.class_colours for value in colour]
+        if len(names) != len(self.class_colours) or len(set(names)) < len(names) or len(names) > MOST_CLASSES:
+            raise ValueError(f"{len(names)} class names with {len(self.class_colours)} colours do not fit")
+        if not all(type(value) is int and 0 <= value <= 255 for value in colours):
+            raise ValueError("colours must be whole numbers from 0 to 255")

@@ -12,7 +12,7 @@ import shapely
 from PIL import Image, PngImagePlugin
 
 from wsipipe.config import TissueConfig
-from wsipipe.errors import StoreError
+from wsipipe.errors import SlideError, StoreError
 from wsipipe.folder import write_record
 from wsipipe.geometry import Grid
 from wsipipe.roi import read_roi
@@ -23,6 +23,7 @@ from wsipipe.tissue import TissueMask, tissue_mask
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+MOST_PX = 1 << 26  # of the mask: a slide of 52 x 76 mm at 8 µm/px; finding it takes some 50 bytes each
 
 
 def find_tissue(slide: Slide, config: TissueConfig, *, roi: Path | None = None, everywhere: bool = False) -> TissueMask:
@@ -36,6 +37,11 @@ def find_tissue(slide: Slide, config: TissueConfig, *, roi: Path | None = None, 
         All of the slide (or of the regions) counts as tissue.
     """
     grid = slide.grid(config.mpp)
+    if grid.width * grid.height > MOST_PX:
+        raise SlideError(
+            f"{slide.path} has {grid.width} x {grid.height} px at tissue.mpp {config.mpp:g}, too many for memory; "
+            "set a coarser tissue.mpp, and see whether the slide's resolution is right (--mpp)"
+        )
     mask = np.ones(grid.box.shape, bool) if everywhere else tissue_mask(slide.read(grid.box, grid), grid.mpp, config)
     tissue = TissueMask(mask, grid)
     if roi is None:

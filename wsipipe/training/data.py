@@ -198,8 +198,8 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _read_array(path: Path, dtypes: tuple[str, ...]) -> Array:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as an array: {error}") from error
+    except Exception as error:  # the header is parsed as Python, which fails in ways of its own
+        raise DataError(f"{path} cannot be read as an array: {' '.join(str(error).split())}") from error
     if not isinstance(array, np.ndarray) or array.dtype.name not in dtypes:
         raise DataError(f"{path} holds {getattr(array, 'dtype', 'no array')}; it must be {' or '.join(dtypes)}")
     return np.asarray(array)  # the same map, without the cost of its class in every slice
