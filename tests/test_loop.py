@@ -163,7 +163,7 @@ def test_variants_are_settings_that_an_experiment_may_change(discs):
     paper = TrainConfig(data={discs: 1.0}, variant="paper", model="cellvta-uni", epochs=1)
     assert (paper.decay, paper.double_softmax, paper.batch_size) == (0.85, False, 4)
     settings = spec_of(paper, None, ["a", "b"]).settings
-    assert (settings["class_token"], settings["gamma"], settings["tissue_classes"]) == ("attend", 0.0, 2)
+    assert (settings["variant"], settings["tissue_classes"]) == ("paper", 2)
 
 
 def test_the_published_schedule_falls_once_an_epoch(discs):

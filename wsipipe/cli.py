@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_training.data, name="data")
+app.command()(cli_training.evaluate)
 
 GO_ON = "run the same command again to go on where it stopped"
 
@@ -358,12 +359,15 @@ def demo(
 def train(
     experiment: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file of an experiment")],
     run: Annotated[Path, typer.Argument(help="folder of the run; an interrupted one goes on")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting other than EXPERIMENT's; YAML")
+    ] = None,
 ) -> None:
     """Train a network as EXPERIMENT says; RUN/best.safetensors can be given to --model."""
-    from wsipipe.training.loop import load_experiment
+    from wsipipe.training.config import load_experiment, parse_changes
     from wsipipe.training.loop import train as start
 
-    typer.echo(f"best weights: {start(load_experiment(experiment), run)}")
+    typer.echo(f"best weights: {start(load_experiment(experiment, parse_changes(changes or [])), run)}")
 
 
 @app.command()

@@ -155,3 +155,45 @@ def miniature(
 
 def _names(types: str | None) -> list[str] | None:
     return None if types is None else [name.strip() for name in types.split(",") if name.strip()]
+
+
+class ProtocolName(StrEnum):
+    """How nuclei are found for scoring: see `wsipipe.training.assess`."""
+
+    segment = "segment"
+    pannuke = "pannuke"
+    conic = "conic"
+    conic_corrected = "conic-corrected"
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="name of a shipped model, or path of a checkpoint")],
+    patches: Annotated[
+        Path, typer.Argument(metavar="DATA", exists=True, file_okay=False, help="folder of a patch set")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for scores.json, scores.md and pictures")],
+    protocol: Annotated[ProtocolName, typer.Option("--protocol", help="how nuclei are found")] = ProtocolName.segment,
+    split: Annotated[str, typer.Option("--split", help="train, validation or test")] = "test",
+    fold: Annotated[str | None, typer.Option("--fold", help="take the images of this fold instead")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+) -> None:
+    """Score a model on a patch set: PQ, AJI, Dice and F1 by type and tissue, counted as published and strictly."""
+    from wsipipe.model.weights import load_model
+    from wsipipe.training.assess import assess
+    from wsipipe.training.data import SPLITS, PatchSet
+    from wsipipe.training.report import write_report
+
+    opened = PatchSet.open(patches)
+    if fold is not None:
+        split, opened = "test", opened.with_folds({"test": [fold]})
+    if split not in SPLITS:
+        raise DataError(f"there is no split '{split}'; there are: {', '.join(SPLITS)}")
+    made = assess(load_model(model), opened, split, protocol.value, device=device, batch_size=batch_size, progress=True)  # type: ignore[arg-type]
+    write_report(made, opened, out)
+    for counting, scores in made.scores.items():
+        typer.echo(
+            f"{protocol.value}, {counting}: mPQ {scores['mPQ']:.4f}, bPQ {scores['bPQ']:.4f}, "
+            f"AJI {scores['aji']:.4f}, Dice {scores['dice']:.4f}, F1 {scores['detection']['f1']:.4f}"
+        )
+    typer.echo(f"tables and pictures: {out / 'scores.md'}")

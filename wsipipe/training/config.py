@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {**PUBLISHED, "double_softmax": False, "batch_size": 4, "decay": 0.85},
 }
 # Of the network; only CellVTA knows these.
-VARIANT_SETTINGS: dict[str, dict[str, Any]] = {"published": {}, "paper": {"class_token": "attend", "gamma": 0.0}}
+VARIANT_SETTINGS: dict[str, dict[str, Any]] = {"published": {}, "paper": {"variant": "paper"}}
 
 
 class TrainConfig(BaseModel, frozen=True, extra="forbid"):
@@ -120,6 +120,31 @@ def load_experiment(path: Path, overrides: dict[str, Any] | None = None) -> Trai
         return TrainConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{path}: {faults(error)}") from error
+
+
+def parse_changes(given: list[str]) -> dict[str, Any]:
+    """`key=value` texts as settings; values are YAML.
+
+    Raises
+    ------
+    ConfigError
+        If a text is not of this form.
+
+    Examples
+    --------
+    >>> parse_changes(["seed=3", "folds={train: ['1']}"])
+    {'seed': 3, 'folds': {'train': ['1']}}
+    """
+    changes = {}
+    for text in given:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise ConfigError(f"'{text}' changes no setting; write KEY=VALUE, such as seed=3")
+        try:
+            changes[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of '{text}' is not YAML: {error}") from error
+    return changes
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""Assessment by protocol: equal to the reference from the network's answer to the last figure, and readable."""
+
+import csv
+import gzip
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ORACLE
+from made_patches import write_set
+from torch import nn
+from typer.testing import CliRunner
+
+from wsipipe.cli import app
+from wsipipe.errors import ConfigError, DataError
+from wsipipe.model.registry import PANNUKE_CLASSES, SPECS
+from wsipipe.model.weights import load_model
+from wsipipe.training.assess import assess
+from wsipipe.training.data import PatchSet
+from wsipipe.training.report import as_markdown, write_report
+
+PARITY = Path(__file__).parent / "data/parity"
+
+
+class Replay(nn.Module):
+    """Answers with what a network once said, image after image."""
+
+    def __init__(self, nuclei: np.ndarray, types: np.ndarray, hv: np.ndarray, classes: int) -> None:
+        super().__init__()
+        self.at, self.nuclei, self.types, self.hv, self.classes = 0, nuclei, types, hv, classes
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        now = slice(self.at, self.at + len(image))
+        self.at += len(image)
+
+        def logits(labels: np.ndarray, classes: int) -> torch.Tensor:
+            return nn.functional.one_hot(torch.from_numpy(labels[now].astype(np.int64)), classes).movedim(-1, 1).float()
+
+        return {
+            "nuclei": logits(self.nuclei, 2),
+            "types": logits(self.types, self.classes),
+            "offsets": torch.from_numpy(self.hv[now].astype(np.float32) / 127),
+        }
+
+
+def write_truth(folder: Path, instances: np.ndarray, types: np.ndarray, names, mpp: float, tissues=None) -> PatchSet:
+    folder.mkdir()
+    np.save(folder / "images.npy", np.full((*instances.shape, 3), 200, np.uint8))
+    np.save(folder / "instances.npy", instances.astype(np.uint16))
+    np.save(folder / "types.npy", types.astype(np.uint8))
+    with (folder / "index.csv").open("w", newline="") as file:
+        rows = [(f"i{i}", f"g{i}", "test", tissues[i] if tissues else "", "") for i in range(len(instances))]
+        csv.writer(file).writerows([("name", "group", "split", "tissue", "fold"), *rows])
+    about = {"format": 1, "name": "truth", "mpp": mpp, "class_names": list(names), "source": "", "licence": ""}
+    (folder / "dataset.json").write_text(json.dumps(about))
+    return PatchSet.open(folder)
+
+
+def agree(summary: dict, expected: dict) -> None:
+    for name in ("bPQ", "bDQ", "bSQ", "mPQ", "mDQ", "mSQ"):
+        assert summary[name] == pytest.approx(expected[name], abs=1e-9), name
+    assert summary["dice"] == pytest.approx(expected["Binary-Cell-Dice-Mean"], abs=1e-6)
+    assert summary["jaccard"] == pytest.approx(expected["Binary-Cell-Jacard-Mean"], abs=1e-6)
+    for name in ("f1", "precision", "recall"):
+        assert summary["detection"][name] == pytest.approx(expected[f"{name}_detection"], abs=1e-9)
+
+
+@pytest.mark.parity
+def test_pannuke_is_assessed_as_in_the_reference(tmp_path):
+    arrays, expected = np.load(PARITY / "eval_pannuke.npz"), json.loads((PARITY / "eval_pannuke.json").read_text())
+    tissues = expected["tissue_of_image"]
+    patches = write_truth(tmp_path / "truth", arrays["gt_inst"], arrays["gt_type"], PANNUKE_CLASSES, 0.25, tissues)
+    network = Replay(arrays["pred_np"], arrays["pred_type"], arrays["pred_hv_q"], 6)
+    model = (network, SPECS["cellvta-uni"], "0" * 64)
+    made = assess(model, patches, "test", "pannuke", device="cpu", batch_size=4)
+    agree(made.scores["published"], expected["results"]["dataset"])
+    for name, values in made.scores["published"]["tissues"].items():
+        assert values["mPQ"] == pytest.approx(expected["results"]["tissue_metrics"][name.lower()]["mPQ"], abs=1e-6)
+    assert made.scores["strict"]["mPQ"] <= made.scores["published"]["mPQ"]
+
+
+@pytest.mark.parity
+def test_conic_is_assessed_as_in_the_reference(tmp_path):
+    arrays = np.load(PARITY / "conic_upscale.npz")
+    with gzip.open(PARITY / "conic_upscale_cells.json.gz") as file:
+        expected = json.load(file)["results"]["dataset"]
+    names = ("background", *(f"type {number}" for number in range(1, 7)))
+    patches = write_truth(tmp_path / "truth", arrays["gt_inst"], arrays["gt_type"], names, 0.5)
+    spec = SPECS["cellvta-uni"]
+    spec = type(spec)(**{**vars_of(spec), "class_names": names})
+    scores = {}
+    for protocol in ("conic", "conic-corrected"):
+        network = Replay(arrays["patch_np"], arrays["patch_type"], arrays["patch_hv_q"], 7)
+        scores[protocol] = assess((network, spec, "0" * 64), patches, "test", protocol, device="cpu").scores[
+            "published"
+        ]
+    agree(scores["conic"], expected)
+    assert scores["conic-corrected"]["detection"]["recall"] > scores["conic"]["detection"]["recall"]
+
+
+def vars_of(spec) -> dict:
+    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+
+
+@pytest.fixture
+def apart(tmp_path) -> Path:
+    """Typed discs that do not touch; every other one is of a type that the oracle never says."""
+    folder = write_set(tmp_path / "apart", class_names=list(ORACLE.class_names))
+    instances = np.zeros((4, 96, 96), np.int32)
+    for number, (x, y) in enumerate([(x, y) for y in (16, 48, 80) for x in (16, 48, 80)], 1):
+        for mask in instances:
+            cv2.circle(mask, (x, y), 7 + number % 4, number, -1)
+    np.save(folder / "instances.npy", instances.astype(np.uint16))
+    np.save(folder / "types.npy", np.where(instances > 0, 1 + instances % 2, 0).astype(np.uint8))
+    np.save(folder / "images.npy", np.where(instances[..., None] > 0, (95, 60, 140), (225, 160, 195)).astype(np.uint8))
+    return folder
+
+
+def test_the_confusion_says_what_was_taken_for_what(apart, oracle):
+    made = assess(load_model(oracle), PatchSet.open(apart), "test", "segment", device="cpu")
+    assert made.confusion.tolist() == [[0, 0, 0, 0], [0, 4, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0]]
+
+
+def test_a_report_names_its_protocol_in_every_header(apart, oracle, tmp_path):
+    model, patches = load_model(oracle), PatchSet.open(apart)
+    made = assess(model, patches, "test", "segment", device="cpu")
+    text = as_markdown(made)
+    lines = text.splitlines()
+    headers = [line for line, below in pairwise(lines) if below.startswith("| ---")]
+    assert len(headers) >= 4
+    assert all("segment" in header for header in headers)
+    assert "mPQ+, pooled" in text
+    write_report(made, patches, tmp_path / "report")
+    scores = json.loads((tmp_path / "report/scores.json").read_text())
+    assert scores["protocol"] == "segment"
+    assert scores["scores"]["strict"]["types"]["other"]["PQ"] == 0
+    for name in ("best.png", "worst.png", "confusion.png"):
+        assert cv2.imread(str(tmp_path / "report" / name)).std() > 10
+
+
+def test_evaluate_is_a_command(apart, oracle, tmp_path):
+    result = CliRunner().invoke(
+        app, ["evaluate", str(oracle), str(apart), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "segment, strict: mPQ" in result.output
+    assert (tmp_path / "out/scores.md").exists()
+
+
+def test_what_cannot_be_assessed_is_refused(apart, oracle, tmp_path):
+    model, patches = load_model(oracle), PatchSet.open(apart)
+    with pytest.raises(ConfigError, match="no protocol 'fancy'"):
+        assess(model, patches, "test", "fancy", device="cpu")
+    with pytest.raises(DataError, match="has the types"):
+        assess(model, PatchSet.open(write_set(tmp_path / "other", class_names=["background", "x", "y"])), device="cpu")
+
+    class Small(nn.Module):
+        def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+            return dict.fromkeys(("nuclei", "offsets", "types"), image[:, :2, 8:-8, 8:-8])
+
+    with pytest.raises(ConfigError, match="maps of its whole input; use --protocol segment"):
+        assess((Small(), model[1], "0" * 64), patches, "test", "pannuke", device="cpu")
