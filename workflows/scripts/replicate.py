@@ -1,0 +1,52 @@
+"""Train and score the strategies of docs/replication.md, seed by seed; what is done already is kept.
+
+    python workflows/scripts/replicate.py RUNS [STEPS]
+
+From the root of the repository, with `data/default` and `data/replication/encoder.safetensors` in place.
+RUNS/results.json holds the scores of every run on the test images of CoNSeP and TNBC.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wsipipe.model.weights import load_model
+from wsipipe.training.config import load_experiment
+from wsipipe.training.data import PatchSet
+from wsipipe.training.evaluate import evaluate
+from wsipipe.training.loop import train
+
+EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiments" / "replication"
+STRATEGIES, SEEDS = ("adapter", "decoder", "full"), (1, 2, 3)
+SCORES = ("bPQ", "mPQ", "dice", "aji")
+
+
+def main(runs: Path, steps: int | None) -> None:
+    results: dict[str, Any] = {}
+    path = runs / "results.json"
+    if path.exists():
+        results = json.loads(path.read_text())
+    for seed in SEEDS:
+        for strategy in STRATEGIES:
+            name = f"{strategy}-{seed}"
+            if name in results:
+                continue
+            changes = {"seed": seed} | ({} if steps is None else {"steps": steps, "validate_every": steps})
+            config = load_experiment(EXPERIMENTS / f"{strategy}.yaml", changes)
+            model = load_model(train(config, runs / name))
+            results[name] = {}
+            for folder in config.data:
+                patches = PatchSet.open(folder, check_values=False)
+                scores = evaluate(model, patches, "test", device="cpu", precision="fp32")
+                results[name][patches.name] = {key: scores[key] for key in SCORES} | {"f1": scores["detection"]["f1"]}
+            path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
