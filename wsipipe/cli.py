@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
-from wsipipe import __version__, cli_training
+from wsipipe import __version__, cli_models, cli_training
 from wsipipe.errors import SettingsError, WsipipeError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(cli_models.models, name="models")
 app.add_typer(cli_training.data, name="data")
 app.command()(cli_training.evaluate)
 
@@ -322,21 +323,6 @@ def info(slide: SlidePath, mpp: Mpp = None, model: Model = None, config: ConfigP
         }
     for name, value in rows.items():
         typer.echo(f"{name + ':':16}{value}")
-
-
-@app.command()
-def models() -> None:
-    """List the models: those whose weights ship, and those that need a checkpoint."""
-    from wsipipe.model.registry import SPECS
-    from wsipipe.model.weights import DEFAULT_MODEL, read_spec, shipped_models
-
-    shipped = shipped_models()
-    for name in [*shipped, *(name for name in SPECS if name not in shipped)]:
-        spec = read_spec(shipped[name]) if name in shipped else SPECS[name]
-        state = "ships, default" if name == DEFAULT_MODEL and name in shipped else "ships" if name in shipped else "-"
-        types = ", ".join(spec.class_names[1:])
-        typer.echo(f"{name:16}{state:16}{spec.mpp} µm/px, tiles of {spec.tile_px} px: {types} ({spec.licence})")
-    typer.echo("'-': train it, or pass --model with the path of a checkpoint")
 
 
 @app.command()

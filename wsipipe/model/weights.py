@@ -1,25 +1,49 @@
 """Checkpoints: the only place that opens files with weights.
 
-A wsipipe checkpoint is one safetensors file whose header carries the `ModelSpec` as JSON under `wsipipe_spec`.
+A wsipipe checkpoint is one safetensors file whose header carries the `ModelSpec` as JSON under `wsipipe_spec`. Files
+that others saved with PyTorch are recognised by what they hold (`wsipipe.model.upstream`). They are pickles, which can
+ask for code to be run: only tensors and plain values are let through. They are mapped into memory, so that what lies
+beside the weights, an optimizer's state of a gigabyte, stays on the disk.
 """
 
 import hashlib
 import json
+import logging
+import math
 import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from wsipipe.errors import ModelError
+from wsipipe.model.encoder import Encoder
 from wsipipe.model.registry import SPECS, build
 from wsipipe.model.spec import ModelSpec
+from wsipipe.model.upstream import encoder_state, recognise, with_counters
+
+log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent.parent / "weights"
 DEFAULT_MODEL = "cellvta-nano"
 SPEC_KEY = "wsipipe_spec"
+# Beyond what PyTorch lets through: numbers of numpy, such as the best score that CellVTA and CellViT save.
+_NUMBERS: list[Any] = [
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+    *((cast(Any, np)._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 def shipped_models() -> dict[str, Path]:
@@ -47,19 +71,17 @@ def find_checkpoint(name: str | Path) -> Path:
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """The spec in a checkpoint's header, without reading its weights."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+    """The spec of a checkpoint, ours or another project's, without reading its weights."""
+    if not _is_safetensors(path):
+        return read_upstream(path)[0]
+    header = _header(path)
     if SPEC_KEY not in header:
         raise ModelError(f"{path} holds weights but no wsipipe description of their network")
     return ModelSpec.from_json(header[SPEC_KEY])
 
 
 def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelSpec, str]:
-    """Network in eval mode, its spec, and the sha256 of the checkpoint.
+    """Network in eval mode, its spec, and the sha256 of the checkpoint, which may be another project's.
 
     Raises
     ------
@@ -67,12 +89,139 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn
         If the file is missing or damaged, or its weights are not exactly those of the network it describes.
     """
     path = find_checkpoint(name)
-    spec = read_spec(path)
+    network, spec = open_checkpoint(path)
+    return network.eval().to(device), spec, sha256(path)
+
+
+def open_checkpoint(path: Path) -> tuple[nn.Module, ModelSpec]:
+    """Network and spec of a checkpoint, ours or another project's. Raises ModelError as `load_model` does."""
+    if _is_safetensors(path):
+        spec, weights = read_spec(path), read_weights(path)
+    else:
+        spec, weights = read_upstream(path)
     network = build(spec)
-    weights = read_weights(path)
     check_weights(path, network, weights)
     network.load_state_dict(weights, strict=True)
-    return network.eval().to(device), spec, sha256(path)
+    return network, spec
+
+
+def convert(source: Path, out: Path) -> ModelSpec:
+    """Write another project's checkpoint as one of ours. Raises ModelError as `load_model` does, and writes nothing."""
+    network, spec = open_checkpoint(source)
+    save_checkpoint(out, network, spec, {"converted_from": source.name, "sha256": sha256(source)})
+    return spec
+
+
+def inspect(path: Path) -> dict[str, str]:
+    """What a file of weights is, line by line. Raises ModelError as `load_model` does."""
+    ours = _is_safetensors(path)
+    notes: dict[str, Any] = json.loads(_header(path).get("wsipipe_notes", "{}")) if ours else dict(read_pickle(path))
+    network, spec = open_checkpoint(path)
+    size = sum(weight.numel() for weight in network.parameters()) / 1e6
+    rows = {
+        "file": f"{path}, {path.stat().st_size / 1e6:,.1f} MB, {'wsipipe safetensors' if ours else 'PyTorch'}",
+        "sha256": sha256(path),
+        "model": f"{spec.name}: {spec.architecture}, {size:,.2f} M parameters, all there and finite",
+        "runs at": f"{spec.mpp:g} µm/px, tiles of {spec.tile_px} px with {spec.halo_px} px of context",
+        "types": ", ".join(spec.class_names[1:]) or "none",
+        "normalisation": f"mean {spec.mean}, standard deviation {spec.std} of RGB in [0, 1]",
+        "made by": spec.source,
+        "licence": spec.licence,
+        "settings": json.dumps(spec.settings),
+    }
+    told = {key: notes[key] for key in ("arch", "epoch", "best_epoch", "best_metric", "step", "by") if key in notes}
+    if told:
+        rows["training"] = ", ".join(f"{key} {value}" for key, value in told.items())
+    return rows
+
+
+def read_upstream(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """Spec and weights, under our names, of a checkpoint that another project saved with PyTorch."""
+    spec, weights = recognise(read_pickle(path), path.stem)
+    with torch.device("meta"):
+        expected = build(spec).state_dict()
+    return spec, with_counters(weights, expected)
+
+
+def read_pickle(path: Path) -> Mapping[str, Any]:
+    """What a file of PyTorch holds; its tensors are mapped, not read.
+
+    Raises
+    ------
+    ModelError
+        If it is none, is damaged, or asks for anything but tensors and plain values when it is opened.
+    """
+    try:
+        with torch.serialization.safe_globals(_NUMBERS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is surprised by pickles of other versions, then reads or refuses them
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is None:
+            raise ModelError(f"{path} is damaged, or not a file of weights that PyTorch saved") from error
+        raise ModelError(
+            f"{path} asks for {asked[1]} when it is opened; a file of weights holds tensors, numbers and texts alone. "
+            "It may be harmful, nothing of it was run"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise ModelError(f"{path} is damaged, or not a file of weights that PyTorch saved: {_line(error)}") from error
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        raise ModelError(f"{path} holds a {type(content).__name__}, expected tensors by name")
+    return content
+
+
+def load_encoder(encoder: Encoder, source: str | Path) -> None:
+    """Give an encoder pretrained weights.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        Of a network to be trained. Positions of another grid are resampled.
+    source : path or name
+        A file of UNI (`pytorch_model.bin`), of SAM (`.pth`) or of timm (`.safetensors`); or what timm takes for a
+        name: `samvit_base_patch16.sa1b`, or `hf-hub:MahmoodLab/UNI`, which need a network the first time.
+
+    Raises
+    ------
+    ModelError
+        If there is no such file or name, or it is the weights of another encoder.
+    """
+    path = Path(source)
+    if path.is_file():
+        found: dict[str, Tensor] | None = encoder_state(
+            read_weights(path) if _is_safetensors(path) else read_pickle(path)
+        )
+    else:
+        found = dict(_from_hub(str(source)))
+    if found is None:
+        raise ModelError(f"{source} holds no encoder that wsipipe knows; expected are files of UNI, SAM or timm")
+    expected = encoder.state_dict()
+    weights = {key: value.float() for key, value in found.items() if key in expected}
+    if "pos_embed" in weights and weights["pos_embed"].ndim == 3 == expected["pos_embed"].ndim:
+        weights["pos_embed"] = _fitting_positions(encoder, weights["pos_embed"], expected["pos_embed"])
+    check_weights(path, encoder, weights)
+    encoder.load_state_dict(weights, strict=True)
+    log.info("encoder: %d tensors from %s", len(weights), source)
+
+
+def _from_hub(name: str) -> dict[str, Tensor]:
+    try:
+        vit = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:
+        raise ModelError(
+            f"'{name}' is neither a file nor weights that timm can download ({_line(error)}); on a machine without a "
+            "network, or for weights that need a login, download the file elsewhere and give its path"
+        ) from error
+    return dict(vit.state_dict())
+
+
+def _fitting_positions(encoder: Encoder, positions: Tensor, expected: Tensor) -> Tensor:
+    if positions.shape == expected.shape:
+        return positions
+    prefix = expected.shape[1] - math.isqrt(expected.shape[1]) ** 2  # of class token and registers, if they have any
+    side = math.isqrt(expected.shape[1] - prefix)
+    resampled: Tensor = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=prefix)
+    return resampled
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -82,6 +231,27 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _header(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By name or content: its header is JSON, which begins at the ninth byte."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _line(error: BaseException) -> str:
+    """What an error says first."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def check_weights(path: Path, network: nn.Module, weights: dict[str, Tensor]) -> None:

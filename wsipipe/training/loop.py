@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -33,9 +33,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from wsipipe import __version__
 from wsipipe.device import choose_device, choose_precision
 from wsipipe.errors import ConfigError, StoreError
+from wsipipe.model.encoder import Encoder
 from wsipipe.model.registry import SPECS, build
 from wsipipe.model.spec import ModelSpec
-from wsipipe.model.weights import read_weights, save_checkpoint
+from wsipipe.model.weights import load_encoder, read_weights, save_checkpoint
 from wsipipe.training.augment import load_recipe
 from wsipipe.training.config import FREE, VARIANT_SETTINGS, TrainConfig, load_experiment
 from wsipipe.training.data import FixedCrops, Item, MixedCrops, PatchSet, Source, same_classes, start_worker
@@ -218,13 +219,7 @@ def _take_weights(network: nn.Module, config: TrainConfig) -> None:
         network.load_state_dict(fitting, strict=False)
         log.info("%d of %d tensors are those of %s", len(fitting), len(own), config.start_from)
     if config.encoder is not None:
-        vit = network.get_submodule("encoder.vit")
-        found = {key.removeprefix("encoder.vit."): value for key, value in read_weights(config.encoder).items()}
-        wanted = vit.state_dict()
-        missing = [key for key, value in wanted.items() if key not in found or found[key].shape != value.shape]
-        if missing:
-            raise ConfigError(f"{config.encoder} does not fit the ViT of {config.model}: {', '.join(missing[:4])}")
-        vit.load_state_dict({key: found[key] for key in wanted})
+        load_encoder(cast(Encoder, network.get_submodule("encoder.vit")), config.encoder)
 
 
 def _freeze(network: nn.Module, trains: str) -> None:
