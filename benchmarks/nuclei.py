@@ -31,6 +31,7 @@ PERIOD = 2048  # the maps repeat: a slide of any size costs the memory of this o
 SPACING = 29.9  # px between nuclei: 4,700 a period
 MARGIN = 64  # px drawn round a period, so that its nuclei go on over the border
 CLASSES = ("background", "neoplastic", "inflammatory", "connective", "dead", "epithelial")
+COLOURS = tuple((40 * k, 200 - 30 * k, 90) for k in range(len(CLASSES)))
 TILE = 1024  # of the published way, px
 MPP = 0.25
 CONFIG = NucleiConfig()
