@@ -197,3 +197,22 @@ def evaluate(
             f"AJI {scores['aji']:.4f}, Dice {scores['dice']:.4f}, F1 {scores['detection']['f1']:.4f}"
         )
     typer.echo(f"tables and pictures: {out / 'scores.md'}")
+
+
+def table(
+    results: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="folder of <data>/<experiment>/<split>/")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Markdown file")],
+    published: Annotated[
+        Path | None, typer.Option("--published", exists=True, dir_okay=False, help="YAML of published figures")
+    ] = None,
+) -> None:
+    """Set the scores of many experiments beside each other, and beside what was published."""
+    from wsipipe.store import finished
+    from wsipipe.training.tables import read_published, read_rows, write_tables
+
+    text = write_tables(read_rows(results), read_published(published) if published else {})
+    with finished(out) as partial:
+        partial.write_text(text, encoding="utf-8")
+    typer.echo(f"{out}")

@@ -1,0 +1,47 @@
+"""The whole way on data in miniature: prepare, train, evaluate, tables; and what was trained segments a slide."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wsipipe.config import Config
+from wsipipe.folder import ResultFolder
+from wsipipe.model.weights import load_model
+from wsipipe.slide import open_slide
+from wsipipe.stages.segment import segment
+from wsipipe.table import read_nuclei
+from wsipipe.training.config import load_experiment
+from wsipipe.training.loop import train
+from wsipipe.training.miniature import make_pannuke
+from wsipipe.training.sources.pannuke import prepare_pannuke
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_trained_model_segments_a_slide_without_any_other_step(tiny_slide, tmp_path):
+    make_pannuke(tmp_path / "src", images=3, side=64)
+    data = prepare_pannuke(tmp_path / "src", tmp_path / "data").folder
+    changes = {"data": {str(data): 1.0}, "crop_px": 64, "epochs": None, "steps": 2, "batch_size": 2, "workers": 0}
+    changes |= {"encoder": None, "device": "cpu", "tensorboard": False, "model": "cellvta-nano"}
+    best = train(load_experiment(ROOT / "configs/experiments/pannuke/cellvta-uni.yaml", changes), tmp_path / "run")
+    with open_slide(tiny_slide) as slide:
+        summary = segment(slide, load_model(best), ResultFolder(tmp_path / "results"), Config(), device="cpu")
+    meta, _ = read_nuclei(summary.folder.nuclei, ["type_id"])
+    assert list(meta.counts) == ["neoplastic", "inflammatory", "connective", "dead", "epithelial"]
+    assert summary.geojson[0].exists()
+
+
+@pytest.mark.slow
+def test_the_workflow_goes_from_raw_data_to_tables(tmp_path):
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflows/training.smk"), "--cores", "2"]
+    run = subprocess.run(
+        [*command, "--config", "scale=mini"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    text = (tmp_path / "results/mini/tables.md").read_text()
+    assert "## pannuke: protocol pannuke, counted published" in text
+    assert "## conic: protocol conic, counted strict" in text
+    assert "| cellvta-uni, ours | 3 |" in text
+    assert "| cellvta-uni, published [" in text
