@@ -273,14 +273,14 @@ def test_training_starts_from_the_weights_of_a_vit(discs, tmp_path):
     ours = {k.removeprefix("encoder.vit."): v for k, v in weights(tmp_path / "first").items() if "encoder.vit." in k}
     save_file({key: value + 1.0 for key, value in ours.items()}, tmp_path / "vit.safetensors")
     frozen = {"trains": "adapter", "ema_decay": 0.0, "steps": 1}
-    train(config(discs, encoder=tmp_path / "vit.safetensors", **frozen), tmp_path / "second")
+    train(config(discs, encoder=str(tmp_path / "vit.safetensors"), **frozen), tmp_path / "second")
     second = weights(tmp_path / "second")
     assert torch.equal(second["encoder.vit.blocks.0.attn.qkv.weight"], ours["blocks.0.attn.qkv.weight"] + 1.0)
     train(config(discs, start_from=best, **frozen), tmp_path / "third")
     assert torch.equal(weights(tmp_path / "third")["encoder.vit.pos_embed"], ours["pos_embed"])
     save_file({**ours, "blocks.0.attn.qkv.weight": torch.zeros(2)}, tmp_path / "vit.safetensors")
     with pytest.raises(ModelError, match=r"blocks\.0\.attn\.qkv\.weight has shape \(2,\), expected \(192, 64\)"):
-        train(config(discs, encoder=tmp_path / "vit.safetensors", **frozen), tmp_path / "fourth")
+        train(config(discs, encoder=str(tmp_path / "vit.safetensors"), **frozen), tmp_path / "fourth")
 
 
 def test_a_killed_process_goes_on_to_the_same_bits(discs, tmp_path):

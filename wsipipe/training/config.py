@@ -43,8 +43,12 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     model: str = Field("cellvta-nano", description="name in the registry")
     settings: dict[str, Any] = Field({}, description="of the network, where they differ from the registry's")
     mpp: float | None = Field(None, gt=0, description="resolution to train at, µm/px; by default the model's")
-    encoder: Path | None = Field(None, description="weights that the ViT starts with")
-    start_from: Path | None = Field(None, description="checkpoint whose weights are taken where they fit")
+    encoder: str | None = Field(
+        None, description="what the ViT starts with: a file of UNI, SAM or timm, or timm's name"
+    )
+    start_from: Path | None = Field(
+        None, description="checkpoint, ours or upstream's, whose weights are taken where they fit"
+    )
     variant: Literal["published", "paper"] | None = Field(None, description="a set of settings, see VARIANTS")
     data: dict[Path, float] = Field(description="folders of patch sets, and how often each is drawn")
     folds: dict[Split, list[str]] = Field(

@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -36,7 +36,7 @@ from wsipipe.errors import ConfigError, StoreError
 from wsipipe.model.encoder import Encoder
 from wsipipe.model.registry import SPECS, build
 from wsipipe.model.spec import ModelSpec
-from wsipipe.model.weights import load_encoder, read_weights, save_checkpoint
+from wsipipe.model.weights import load_encoder, open_checkpoint, save_checkpoint
 from wsipipe.training.augment import load_recipe
 from wsipipe.training.config import FREE, VARIANT_SETTINGS, TrainConfig, load_experiment
 from wsipipe.training.data import FixedCrops, Item, MixedCrops, PatchSet, Source, same_classes, start_worker
@@ -212,14 +212,17 @@ def _take_weights(network: nn.Module, config: TrainConfig) -> None:
     """Start from other weights: the ViT's (`encoder`), or all that fit (`start_from`)."""
     own = network.state_dict()
     if config.start_from is not None:
-        found = read_weights(config.start_from)
+        found = open_checkpoint(config.start_from)[0].state_dict()
         fitting = {key: value for key, value in found.items() if key in own and own[key].shape == value.shape}
         if not fitting:
             raise ConfigError(f"{config.start_from} has no tensor of a {config.model}")
         network.load_state_dict(fitting, strict=False)
         log.info("%d of %d tensors are those of %s", len(fitting), len(own), config.start_from)
     if config.encoder is not None:
-        load_encoder(cast(Encoder, network.get_submodule("encoder.vit")), config.encoder)
+        vit = getattr(getattr(network, "encoder", None), "vit", None)
+        if not isinstance(vit, Encoder):
+            raise ConfigError(f"{config.model} has no ViT that could start with {config.encoder}; leave encoder out")
+        load_encoder(vit, config.encoder)
 
 
 def _freeze(network: nn.Module, trains: str) -> None:
