@@ -26,6 +26,9 @@ bench: $(READY)  ## measure: run every file of benchmarks/ in turn
 fuzz: $(READY)  ## read 100,000 damaged and hostile files; every reader must refuse or answer rightly
 	$(PY) tests/fuzz.py --inputs 100000
 
+torture: $(READY)  ## kill each stage at 50 random moments, go on, compare every byte
+	$(PY) tests/torture.py --kills 50
+
 clean:  ## remove the demo, builds and caches; .venv stays
 	rm -rf demo build dist fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find wsipipe tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -349,7 +349,7 @@ YAMLS = (
     "<<: [1]\n",
     "? [a, b]\n: 1\n",
     "nuclei: {hv_scale: tile, simplify_px: .nan}\n",
-    "{" * 2000,
+    "{" * 900,
     "- " * 3000,
     "tissue:\n\tmpp: 1\n",
     "%YAML 9\n---\n",
@@ -358,6 +358,7 @@ YAMLS = (
 
 def config_case(seeds: Seeds, rng: random.Random, folder: Path) -> object:
     from wsipipe.config import load_config
+    from wsipipe.training.config import load_experiment
 
     path = folder / "x.yaml"
     text = rng.choice(YAMLS).encode()
@@ -368,6 +369,8 @@ def config_case(seeds: Seeds, rng: random.Random, folder: Path) -> object:
             value = changed(yaml.safe_load(rng.choice(YAMLS[:2])), rng)
             text = json.dumps(value).encode()
     path.write_bytes(harmed(text, rng, tuple(y.encode() for y in YAMLS)) if rng.random() < 0.8 else text)
+    if rng.random() < 0.3:
+        return load_experiment(path)
     return load_config(path, rng.choice((None, {"tissue": {"mpp": 4.0}})))
 
 
@@ -402,7 +405,7 @@ def _archive_bomb() -> bytes:
 
 
 def checkpoint_case(seeds: Seeds, rng: random.Random, folder: Path) -> object:
-    from wsipipe.model.weights import load_model, read_spec
+    from wsipipe.model.weights import inspect, load_model, read_spec
 
     path = folder / rng.choice(("x.safetensors", "x.pth", "x.tar"))
     kind = rng.random()
@@ -429,6 +432,8 @@ def checkpoint_case(seeds: Seeds, rng: random.Random, folder: Path) -> object:
         name = rng.choice(sorted(seeds.keys() - {"whole"}))
         content = harmed(seeds[name], rng, (seeds["evil"],)) if rng.random() < 0.8 else seeds[name]
     path.write_bytes(content)
+    if rng.random() < 0.1:
+        return inspect(path)
     return read_spec(path).name if rng.random() < 0.3 else load_model(path)[2]
 
 
@@ -683,6 +688,11 @@ def child(name: str, seeds: Seeds, numbers: range, step: int, folder: Path, shar
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if name == "checkpoint":
+        from wsipipe.model.weights import load_model
+
+        (folder / "whole.safetensors").write_bytes(seeds["whole"])
+        load_model(folder / "whole.safetensors")
     for number in range(20):  # what is imported, compiled or loaded on first use is no fault of a file
         read_one(name, seeds, -1 - number, folder, None)
     watch = Watch(folder.parent)

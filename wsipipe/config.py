@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from wsipipe.errors import ConfigError
 
-MOST_YAML_BYTES = 1 << 20
+MOST_YAML_BYTES = 1 << 18
 MOST_FAULTS = 20  # told at once
 
 
@@ -115,8 +115,8 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         place, equals, value = text.partition("=")
         section, dot, key = place.partition(".")
         try:
-            parsed = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, OverflowError, AttributeError, RecursionError):
+            parsed = parse_yaml(value)
+        except ValueError:
             equals = ""
         if equals and dot and section and key:
             overrides.setdefault(section, {})[key] = parsed
@@ -139,11 +139,19 @@ def read_yaml(path: Path, what: str) -> Any:
         with path.open("rb") as file:
             text = file.read(MOST_YAML_BYTES + 1)
         if len(text) > MOST_YAML_BYTES:
-            raise ValueError(f"it is larger than {MOST_YAML_BYTES >> 20} MB")
-        return yaml.safe_load(text.decode("utf-8"))
+            raise ValueError(f"it is larger than {MOST_YAML_BYTES >> 10} kB")
+        return parse_yaml(text.decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as {what}: {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text in YAML says; raises ValueError, in one line, if it is none."""
+    try:
+        return yaml.safe_load(text)
     # The loader takes lists for numbers and dates as they come, and calls itself for every level of nesting.
-    except (OSError, ValueError, OverflowError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as {what}: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def faults(error: ValidationError) -> str:

@@ -68,13 +68,22 @@ def open_reader(path: str | Path) -> Reader:
         with contextlib.suppress(SlideError):
             if is_tiff:
                 return _open_tiffslide(str(path))
-        raise SlideError(f"{path} cannot be opened, it is damaged, incomplete or malformed: {error}") from error
-    reader = OpenSlideReader(slide)
+        raise _malformed(path, error) from error
+    try:
+        reader = OpenSlideReader(slide)
+    except Exception as error:  # such as a property that is listed and not there
+        slide.close()
+        raise _malformed(path, error) from error
     if "<OME" in reader.properties.get("tiff.ImageDescription", ""):
         # To OpenSlide this is any TIFF: it sees neither the levels nor that each colour has a page of its own.
         reader.close()
         return _open_tiffslide(str(path))
     return TiledTiff.of(path, reader) or reader
+
+
+def _malformed(path: str | Path, error: Exception) -> SlideError:
+    said = " ".join(str(error).split())
+    return SlideError(f"{path} cannot be opened, it is damaged, incomplete or malformed: {said}")
 
 
 class OpenSlideReader:

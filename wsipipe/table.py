@@ -155,6 +155,11 @@ class NucleiSpool:
             with finished(record) as partial:
                 partial.write_text(ours, encoding="utf-8")
 
+    @staticmethod
+    def discard(path: Path) -> None:
+        """Remove what a kill left of the spool of a finished table."""
+        shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
+
     def done(self) -> set[int]:
         """Blocks that are there, empty ones included; one that is not as it was written goes, to be made again."""
         return set(self._files())

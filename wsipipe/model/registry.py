@@ -240,6 +240,9 @@ SPECS: dict[str, ModelSpec] = {
 }
 
 
+MOST_BLOCKS, MOST_WIDTH = 256, 1 << 14  # four times what the largest networks have
+
+
 def build(spec: ModelSpec) -> nn.Module:
     """The network that `spec` describes, with random weights.
 
@@ -251,7 +254,12 @@ def build(spec: ModelSpec) -> nn.Module:
     if spec.architecture not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ModelError(f"{spec.name}: architecture '{spec.architecture}' is unknown; known are {known}")
+    for name, value in spec.settings.items():  # they may come with a file from elsewhere
+        most = MOST_BLOCKS if name in ("depth", "extra_extractors") else MOST_WIDTH
+        if isinstance(value, int | float) and not abs(value) <= most:
+            raise ModelError(f"{spec.name}: {name} is {value!r}, no network has more than {most}")
     try:
         return ARCHITECTURES[spec.architecture](classes=len(spec.class_names), **spec.settings)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ModelError(f"{spec.name}: its settings do not make a {spec.architecture}: {error}") from error
+    except Exception as error:  # each layer refuses in its own way what makes no sense
+        said = " ".join(str(error).split())
+        raise ModelError(f"{spec.name}: its settings do not make a {spec.architecture}: {said:.300}") from error

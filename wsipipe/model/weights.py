@@ -51,6 +51,12 @@ def shipped_models() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("*.safetensors"))}
 
 
+def shipped_sha256(path: Path) -> str | None:
+    """What the sha256 of a shipped file must be. Raises OSError if the list of them is missing."""
+    lines = (path.parent / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, name in map(str.split, lines)}.get(path.name)
+
+
 def find_checkpoint(name: str | Path) -> Path:
     """The checkpoint file that `name` means: a shipped model, or a path.
 
@@ -89,8 +95,11 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn
         If the file is missing or damaged, or its weights are not exactly those of the network it describes.
     """
     path = find_checkpoint(name)
+    digest = sha256(path)
+    if path.parent == SHIPPED and digest != shipped_sha256(path):
+        raise ModelError(f"{path} is not as shipped, its sha256 is {digest}; install wsipipe anew")
     network, spec = open_checkpoint(path)
-    return network.eval().to(device), spec, sha256(path)
+    return network.eval().to(device), spec, digest
 
 
 def open_checkpoint(path: Path) -> tuple[nn.Module, ModelSpec]:
@@ -99,8 +108,9 @@ def open_checkpoint(path: Path) -> tuple[nn.Module, ModelSpec]:
         spec, weights = read_spec(path), read_weights(path)
     else:
         spec, weights = read_upstream(path)
+    with torch.device("meta"):  # without memory: a description may lie about the size of its network
+        check_weights(path, build(spec), weights)
     network = build(spec)
-    check_weights(path, network, weights)
     network.load_state_dict(weights, strict=True)
     return network, spec
 
@@ -230,7 +240,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ModelError(f"{path} is not a readable safetensors file: {_line(error)}") from error
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -238,7 +248,7 @@ def _header(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ModelError(f"{path} is not a readable safetensors file: {_line(error)}") from error
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -16,7 +16,7 @@ import wsipipe
 from wsipipe.config import NucleiConfig
 from wsipipe.errors import ConfigError, SettingsError, StoreError
 from wsipipe.features import BlockQC, nuclei_of_block
-from wsipipe.folder import write_record
+from wsipipe.folder import record_of, write_record
 from wsipipe.geometry import Box
 from wsipipe.progress import Progress
 from wsipipe.seams import SeamCheck, SeamFigures
@@ -94,6 +94,8 @@ class NucleiRun:
             versions={"wsipipe": wsipipe.__version__},
         )
         self.finished = None if overwrite else _existing(out, meta)
+        if self.finished is not None:
+            NucleiSpool.discard(out)
         self._spool: NucleiSpool | None = None
         if self.finished is None:
             layout = {"chunk_px": store.meta.geometry.chunk_px, "halo_px": config.halo_px}
@@ -131,7 +133,11 @@ class NucleiRun:
             If a block is missing.
         """
         if self.finished is not None:
-            return NucleiSummary(self.finished, 0.0)
+            meta = self.finished
+            seams = check_seams(self._out, self._store, self._config)
+            if not record_of(self._out).exists():  # a kill came between both
+                self._write_record(meta, seams)
+            return NucleiSummary(meta, 0.0, seams)
         assert self._spool is not None
         meta = self._spool.finish(self._store.wanted)
         seams = check_seams(self._out, self._store, self._config)
@@ -144,6 +150,10 @@ class NucleiRun:
             )  # fmt: skip
         if seams.shows:
             log.warning("%s: the seams between blocks show in the result: %s", self._slide.name, seams)
+        self._write_record(meta, seams)
+        return NucleiSummary(meta, seconds, seams)
+
+    def _write_record(self, meta: NucleiMeta, seams: SeamFigures) -> None:
         write_record(
             self._out,
             maps=str(self._maps),
@@ -152,9 +162,8 @@ class NucleiRun:
             nuclei=meta.counts,
             qc=meta.qc,
             seams=seams.to_json(),
-            seconds=round(seconds, 3),
+            seconds=round(time.monotonic() - self.started, 3),
         )
-        return NucleiSummary(meta, seconds, seams)
 
 
 def make_nuclei(

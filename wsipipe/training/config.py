@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from wsipipe.config import faults
+from wsipipe.config import faults, parse_yaml, read_yaml
 from wsipipe.errors import ConfigError
 from wsipipe.training.data import Split
 
@@ -145,8 +144,8 @@ def parse_changes(given: list[str]) -> dict[str, Any]:
         if not sign:
             raise ConfigError(f"'{text}' changes no setting; write KEY=VALUE, such as seed=3")
         try:
-            changes[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            changes[key.strip()] = parse_yaml(value)
+        except ValueError as error:
             raise ConfigError(f"the value of '{text}' is not YAML: {error}") from error
     return changes
 
@@ -154,10 +153,7 @@ def parse_changes(given: list[str]) -> dict[str, Any]:
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} is its own base; remove one `base:`")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as an experiment: {error}") from error
+    values = read_yaml(path, "an experiment")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings such as 'model: cellvta-nano', not a {type(values).__name__}")
     base = values.pop("base", None)

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import cv2
 import numpy as np
 import numpy.typing as npt
-import yaml
 from numpy._core import multiarray
 
-from wsipipe.errors import DataError
+from wsipipe.config import read_yaml
+from wsipipe.errors import ConfigError, DataError
 from wsipipe.metrics import remap_label
 from wsipipe.training.data import Patch, PatchSet
 from wsipipe.training.write import Description, Drawn, write_patch_set
@@ -38,10 +38,10 @@ def prepare_cellvit(src: Path, dst: Path, mpp: float) -> PatchSet:
         With every file that is missing, cannot be read or does not fit; names that repeat between folds among them.
     """
     try:
-        config = yaml.safe_load((src / "dataset_config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(src / "dataset_config.yaml", "the description of a data set")
         ids = {int(number): str(name) for name, number in config["nuclei_types"].items()}
         tissue_names = list(config.get("tissue_types") or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{src / 'dataset_config.yaml'} does not say the nuclei_types: {error}") from error
     if sorted(ids) != list(range(len(ids))):
         raise DataError(
