@@ -225,6 +225,34 @@ def repr_as_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(plain(asdict(recipe)))
 
 
+def test_the_published_recipe_has_the_published_effects():
+    """Shares and strengths as read back from albumentations 1.3.0 with the settings of the published runs."""
+    recipe = RECIPES["published"]
+    steps = {step.kind: step for step in recipe.colour}
+    assert {kind: step.p for kind, step in steps.items()} == {
+        "box_blur": 0.2, "noise": 0.5, "tone": 0.2, "hue": 0.2, "superpixels": 0.1, "zoom_blur": 0.1,
+    }  # fmt: skip
+    assert steps["box_blur"].sides_px == (3, 5, 7, 9)
+    assert steps["noise"].variance == (0, 10)
+    assert (steps["tone"].brightness, steps["tone"].contrast) == (0.25, 0.25)
+    assert (steps["hue"].degrees, steps["hue"].saturation) == (360 * 0.05, 0.1)
+    assert (steps["superpixels"].share, steps["superpixels"].segments, steps["superpixels"].max_px) == (0.1, 200, 128)
+    assert (steps["zoom_blur"].factor, steps["zoom_blur"].step) == ((1.0, 1.05), (0.01, 0.03))
+
+    fields = [draw_field(recipe.geometry, (16, 16), 0.25, 16, np.random.default_rng(seed)) for seed in range(2000)]
+    x, y = np.meshgrid(np.arange(16), np.arange(16))
+    as_it_is = np.mean([np.allclose(f.x, x, atol=1e-3) and np.allclose(f.y, y, atol=1e-3) for f in fields])
+    # a quarter turn of 0 to 3 by 0.2, each flip by 0.2, a crop by 0.2, three moved points by 0.2
+    assert as_it_is == pytest.approx(0.85 * 0.8**4, abs=0.035)
+    whole = [f for f in fields if f.shrink == 1]
+    assert len(whole) / len(fields) == pytest.approx(0.8, abs=0.03)
+    assert min(f.shrink for f in fields) == pytest.approx(0.5, abs=0.01)
+    # the three points of the affine map move by up to 15 px of 256, so a corner of the crop by a few tens at most
+    large = [draw_field(recipe.geometry, (256, 256), 0.25, 256, np.random.default_rng(seed)) for seed in range(60)]
+    out = [max(0, -f.x.min(), f.x.max() - 255, -f.y.min(), f.y.max() - 255) for f in large]
+    assert 0 < max(out) < 60
+
+
 def test_an_unknown_recipe_is_refused_with_those_there_are():
     with pytest.raises(ConfigError, match=r"'fancy'.*default, published"):
         load_recipe("fancy")

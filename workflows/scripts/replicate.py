@@ -1,6 +1,6 @@
 """Train and score the strategies of docs/replication.md, seed by seed; what is done already is kept.
 
-    python workflows/scripts/replicate.py RUNS [STEPS]
+    python workflows/scripts/replicate.py RUNS [STRATEGY-SEED]
 
 From the root of the repository, with `data/default` and `data/replication/encoder.safetensors` in place.
 RUNS/results.json holds the scores of every run on every third test image of CoNSeP and TNBC.
@@ -26,7 +26,7 @@ STRATEGIES, SEEDS, EVERY = ("adapter", "decoder", "full"), (1, 2, 3), 3
 SCORES = ("bPQ", "mPQ", "dice", "aji")
 
 
-def main(runs: Path, steps: int | None) -> None:
+def main(runs: Path, only: str | None) -> None:
     results: dict[str, Any] = {}
     path = runs / "results.json"
     if path.exists():
@@ -34,10 +34,9 @@ def main(runs: Path, steps: int | None) -> None:
     for seed in SEEDS:
         for strategy in STRATEGIES:
             name = f"{strategy}-{seed}"
-            if name in results:
+            if name in results or name != (only or name):
                 continue
-            changes = {"seed": seed} | ({} if steps is None else {"steps": steps, "validate_every": steps})
-            config = load_experiment(EXPERIMENTS / f"{strategy}.yaml", changes)
+            config = load_experiment(EXPERIMENTS / f"{strategy}.yaml", {"seed": seed})
             model = load_model(train(config, runs / name))
             results[name] = {}
             for folder in config.data:
@@ -57,4 +56,4 @@ def thinned(patches: PatchSet) -> PatchSet:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)

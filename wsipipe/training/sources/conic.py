@@ -117,7 +117,9 @@ def _read(src: Path) -> tuple[Array, Array, list[str]]:
     patients: list[str] = []
     try:
         patients = _patients(src)
-        _check_counts(src / "counts.csv")
+        counted = _counted_images(src / "counts.csv")
+        if "images" in found and counted != len(found["images"]):
+            faults.append(f"{src / 'counts.csv'} has {counted} rows for {len(found['images'])} images")
     except DataError as error:
         faults.append(str(error))
     if "images" in found and patients and len(patients) != len(found["images"]):
@@ -142,10 +144,12 @@ def _patients(src: Path) -> list[str]:
     raise DataError(f"{src / 'patient_info.csv'} is missing (or patch_info.csv); without it patients would be split up")
 
 
-def _check_counts(path: Path) -> None:
-    columns = {column.strip().lower() for column in _table(path)[0]}
+def _counted_images(path: Path) -> int:
+    rows = _table(path)
+    columns = {column.strip().lower() for column in rows[0]}
     if missing := [name for name in TYPES if name not in columns]:
         raise DataError(f"{path} has no column {', '.join(missing)}; it is not that of CoNIC")
+    return len(rows)
 
 
 def _table(path: Path) -> list[dict[str, str]]:
