@@ -6,6 +6,8 @@ from typing import Any
 from wsipipe.model.registry import SPECS
 from wsipipe.model.spec import ModelSpec
 
+# Sides of a test image where 64 x 96 px will not do.
+SHOWN: dict[str, tuple[int, int]] = {}
 SMALL_BACKBONE = {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 4.0}
 
 

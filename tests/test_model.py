@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from shrunk_models import SMALL_BACKBONE, shrunk
+from shrunk_models import SHOWN, SMALL_BACKBONE, shrunk
 from timm.layers import resample_abs_pos_embed
 
 from wsipipe.errors import ModelError
@@ -29,7 +29,6 @@ THEIRS = {
     "types": "nuclei_type_map",
     "tissue": "tissue_types",
 }
-SHOWN: dict[str, tuple[int, int]] = {}  # sides of a test image where 64 x 96 px will not do
 FROZEN = {"cellvta": "encoder.vit.", "cellvit": "encoder.vit."}
 MILLIONS: dict[str, float] = {
     "cellvta-uni": 387.77,

@@ -50,6 +50,7 @@ class DrawnSlide:
     """Every pixel has a colour of its own; white beyond the border."""
 
     name = "drawn"
+    path = "drawn.svs"
     fingerprint = "cd" * 32
 
     def __init__(self) -> None:
@@ -94,6 +95,9 @@ class Oracle(nn.Module):
         super().__init__()
         self.calls = 0
         self.before = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Oracle":
+        return self  # so that its calls can be counted, whoever makes them
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         self.calls += 1
@@ -396,8 +400,9 @@ def test_an_answer_that_is_no_number_is_never_stored(tmp_path: Path) -> None:
     assert len(MapStore.open(out, unfinished=True).committed) <= 1
 
 
-@pytest.mark.parametrize("change", [{"class_names": ("background", "one")}, {"class_names": ()}])
-def test_a_network_that_answers_otherwise_than_described_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("types", [2, 1])
+def test_a_network_that_answers_otherwise_than_described_is_refused(tmp_path: Path, types: int) -> None:
+    change = {"class_names": SPEC.class_names[:types], "class_colours": SPEC.class_colours[:types]}
     with pytest.raises(ModelError, match="do not belong together"):
         run(tmp_path / "maps.zarr", spec=replace(SPEC, **change))
 
@@ -407,7 +412,7 @@ def test_a_network_without_types_has_background_alone(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {name: values for name, values in super().forward(x).items() if name != "types"}
 
-    run(tmp_path / "maps.zarr", NoTypes(), spec=replace(SPEC, class_names=("background",)))
+    run(tmp_path / "maps.zarr", NoTypes(), spec=replace(SPEC, class_names=("background",), class_colours=((0, 0, 0),)))
     assert np.unique(MapStore.open(tmp_path / "maps.zarr").read(GRID.box).types).tolist() == [0, 255]
 
 
@@ -428,7 +433,7 @@ def test_a_tile_all_halo_is_refused(tmp_path: Path) -> None:
 def test_the_summary_names_the_bottleneck(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class SlowSlide(DrawnSlide):
         def read(self, box: Box, grid: Grid) -> npt.NDArray[np.uint8]:
-            threading.Event().wait(0.05)
+            threading.Event().wait(0.2)
             return super().read(box, grid)
 
     with caplog.at_level(logging.INFO):

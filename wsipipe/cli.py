@@ -68,6 +68,7 @@ Everywhere = Annotated[bool, typer.Option("--no-tissue-mask", help="take all of 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, mps, or lease: a free GPU")]
 Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16 or fp16")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="tiles at once; chosen by the device")]
+Compiled = Annotated[bool, typer.Option("--compile", help="let torch.compile fuse the network; pays on GPUs")]
 Scheduler = Annotated[str, typer.Option("--scheduler", help="Dask: threads, processes or tcp://HOST:PORT")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="of the scheduler; by default the usable CPUs")]
 Set = Annotated[
@@ -115,6 +116,7 @@ def segment(
     device: Device = "auto",
     precision: Precision = "auto",
     batch_size: BatchSize = None,
+    compiled: Compiled = False,
     scheduler: Scheduler = "threads",
     workers: Workers = None,
     form: FormOption = Form.outlines,
@@ -136,6 +138,7 @@ def segment(
             device=chosen,
             precision=precision,
             batch_size=batch_size,
+            compiled=compiled,
             scheduler=scheduler,
             workers=workers,
             form=form.value,
@@ -176,6 +179,7 @@ def maps(
     device: Device = "auto",
     precision: Precision = "auto",
     batch_size: BatchSize = None,
+    compiled: Compiled = False,
     overwrite: Overwrite = False,
     unattended: Unattended = False,
 ) -> None:
@@ -199,6 +203,7 @@ def maps(
                 device=chosen,
                 precision=precision,
                 batch_size=batch_size,
+                compiled=compiled,
                 overwrite=overwrite,
                 progress=True,
             )

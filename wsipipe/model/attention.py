@@ -57,12 +57,77 @@ def sample_levels(value: Tensor, sizes: tuple[Size, ...], locations: Tensor, wei
     return total.reshape(batch, -1, queries).transpose(1, 2)
 
 
+def gather_levels(value: Tensor, sizes: tuple[Size, ...], places: Tensor, weights: Tensor) -> Tensor:
+    """What `sample_levels` gives, without gradients: a weighted sum of rows of the memory as it lies.
+
+    No head's memory is laid out as an image, and no sample is stored: `embedding_bag` reads the four pixels round every
+    place and adds them up in one pass.
+
+    Parameters
+    ----------
+    value : (B, S, M, d) float
+    sizes : L pairs (H, W)
+    places : (B, Q, M, L, P, 2) float32
+        (x, y) in pixels of the level; 0 is the centre of the first.
+    weights : (B, Q, M, L, P) float32
+
+    Returns
+    -------
+    (B, Q, M d) of the type of `value`
+    """
+    batch, queries, heads = places.shape[:3]
+    extent, starts = _layout(sizes, places.device)
+    low = places.floor()
+    share = (places - low)[..., None, :]
+    corners = torch.stack((1 - share, share), dim=-1)  # (..., 1, xy, near or far)
+    inner = low.to(torch.int32)[..., None] + torch.arange(2, device=places.device, dtype=torch.int32)  # (..., xy, 2)
+    last = extent[:, None, :, None] - 1
+    inside = (inner >= 0) & (inner <= last)
+    corners = corners[..., 0, :, :] * inside
+    inner = torch.minimum(inner.clamp(min=0), last)
+    by_corner = weights[..., None, None] * corners[..., 1, :, None] * corners[..., 0, None, :]  # (..., y, x)
+    cell = inner[..., 1, :, None] * extent[:, None, :1, None] + inner[..., 0, None, :] + starts[:, None, None, None]
+    image = torch.arange(batch, device=places.device, dtype=torch.int32) * value.shape[1]
+    head = torch.arange(heads, device=places.device, dtype=torch.int32)
+    rows = (cell + image.view(-1, 1, 1, 1, 1, 1, 1)) * heads + head.view(-1, 1, 1, 1, 1)
+    bags = batch * queries * heads
+    summed = functional.embedding_bag(
+        rows.reshape(bags, -1),
+        value.reshape(-1, value.shape[-1]),
+        mode="sum",
+        per_sample_weights=by_corner.reshape(bags, -1).to(value.dtype),
+    )
+    return summed.view(batch, queries, -1)
+
+
+@lru_cache(maxsize=64)
+def _layout(sizes: tuple[Size, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(width, height) of every level (L, 2), and at which row of the memory it starts (L,)."""
+    extent = torch.tensor([(w, h) for h, w in sizes], dtype=torch.int32, device=device)
+    areas = extent.prod(1)
+    return extent, (areas.cumsum(0) - areas).to(torch.int32)
+
+
+@lru_cache(maxsize=64)
+def _reference_places(query_sizes: tuple[Size, ...], sizes: tuple[Size, ...], device: torch.device) -> Tensor:
+    """Where each query stands in each level, (1, Q, 1, L, 1, 2) in pixels."""
+    extent = _layout(sizes, device)[0]
+    return (reference_points(query_sizes, device)[:, :, None] * extent - 0.5)[:, :, None, :, None]
+
+
 class DeformableAttention(nn.Module):
     """Queries (B, Q, D) read a memory (B, S, D) of one or more levels around their own place.
 
     `ratio` sets the width of the values, `ratio` x D over all heads. Sampling is done in float32 whatever the
     precision of the rest: places of 1/16 pixel do not survive 8 bits of mantissa.
+
+    Attributes
+    ----------
+    gathers : bool
+        Use `gather_levels`, which is faster but has no gradients for places.
     """
+
+    gathers = False
 
     def __init__(self, dim: int, heads: int, levels: int, points: int, ratio: float) -> None:
         super().__init__()
@@ -97,6 +162,10 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(memory).reshape(batch, memory.shape[1], self.heads, -1)
         offsets = self.sampling_offsets(query).float().reshape(*shape, 2)
         weights = self.attention_weights(query).float().reshape(*shape[:3], -1).softmax(-1).reshape(shape)
+        if self.gathers:
+            places = _reference_places(query_sizes, sizes, query.device) + offsets
+            read: Tensor = self.output_proj(gather_levels(value, sizes, places, weights))
+            return read
         extent = offsets.new_tensor([(w, h) for h, w in sizes])[:, None]  # (L, 1, 2)
         reference = reference_points(query_sizes, query.device)[:, :, None, None, None]
         with torch.autocast(query.device.type, enabled=False):

@@ -37,6 +37,7 @@ from wsipipe.errors import ConfigError, ModelError, StoreError, WsipipeError
 from wsipipe.folder import record_of, write_record
 from wsipipe.geometry import Box, Grid
 from wsipipe.maps import Maps, NetworkMaps, to_input, to_maps
+from wsipipe.model.inference import prepare_for_inference
 from wsipipe.model.spec import ModelSpec
 from wsipipe.progress import Progress
 from wsipipe.store import MapStore, StoreMeta
@@ -103,6 +104,7 @@ def make_maps(
     device: str = "auto",
     precision: str = "auto",
     batch_size: int | None = None,
+    compiled: bool = False,
     readers: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
@@ -115,9 +117,11 @@ def make_maps(
     Parameters
     ----------
     model : (network, spec, sha256 of the weights)
-        The network is moved to the device and cast.
+        The network stays as it is: what runs is `prepare_for_inference` of it.
     batch_size, readers : int or None
         Tiles a batch, and reading threads; None chooses by the device. Out of memory on CUDA the batch is halved.
+    compiled : bool
+        See `prepare_for_inference`. The results may differ in the last bits.
     on_chunk : function or None
         Called on the writer's thread with the index of every chunk once it can be read with
         ``MapStore.open(out, unfinished=True)``, first for those of an earlier run. What it raises stops the run; while
@@ -170,7 +174,9 @@ def make_maps(
             _check_space(out, todo * geometry.core_px**2)
             if chosen.type == "cpu":  # torch counts the machine's cores, not those of this job
                 torch.set_num_threads(min(torch.get_num_threads(), cpus))
-            run = _Run(slide, store, _Network(network, meta, chosen, batch_size), before, spent, on_chunk)
+            run = _Run(
+                slide, store, _Network(network, meta, chosen, batch_size, compiled=compiled), before, spent, on_chunk
+            )
             with Progress(todo, "tiles", f"maps of {slide.name}", shown=progress) as bar:
                 run.all(plan.batches(batch_size, before), readers, bar)
             store.finish()
@@ -244,12 +250,14 @@ class _Plan:
 class _Network:
     """The network on its device: takes a batch, gives its maps, which on CUDA are still on their way."""
 
-    def __init__(self, network: nn.Module, meta: StoreMeta, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self, network: nn.Module, meta: StoreMeta, device: torch.device, batch_size: int, *, compiled: bool
+    ) -> None:
         self.device = device
         self._meta = meta
         self._size = batch_size
         self._dtype = torch_dtype(meta.precision)
-        self._network = network.eval().to(device, self._dtype).to(memory_format=torch.channels_last)
+        self._network = prepare_for_inference(network, device, self._dtype, compiled=compiled)
 
     def __call__(self, batch: torch.Tensor) -> "_Answer":
         while True:
