@@ -15,15 +15,17 @@ import yaml
 from made_patches import CLASSES, write_set
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.data import default_collate
 
 from wsipipe.errors import ConfigError, ModelError, StoreError
 from wsipipe.model.registry import CONSEP_CLASSES, SPECS
 from wsipipe.model.weights import load_model, read_spec
 from wsipipe.training import loop
-from wsipipe.training.data import PatchSet
+from wsipipe.training.data import FixedCrops, PatchSet
 from wsipipe.training.evaluate import evaluate
 from wsipipe.training.loop import TrainConfig, load_experiment, rate, spec_of, train
 from wsipipe.training.miniature import make_pannuke
+from wsipipe.training.objectives import objective_of
 from wsipipe.training.sources.pannuke import prepare_pannuke
 
 PLAIN = {"geometry": {"near_mpp": (0.25, 0.25), "far_mpp": (0.25, 0.25)}}
@@ -64,6 +66,24 @@ def test_training_lowers_the_loss_and_leaves_a_model(discs, tmp_path):
     scores = evaluate(load_model(best), PatchSet.open(discs), "test", device="cpu", precision="fp32")
     assert scores["images"] == 1
     assert 0 <= scores["dice"] <= 1
+
+
+def test_one_batch_can_be_learnt_by_heart(tmp_path):
+    patches = PatchSet.open(write_set(tmp_path / "discs", class_names=CONSEP_CLASSES))
+    batch = default_collate([FixedCrops(patches, crop_px=96)[0]])
+    spec = SPECS["cellvta-nano"]
+    torch.manual_seed(0)
+    network, objective = loop.build(spec), objective_of(spec, config(tmp_path / "discs"))
+    optimizer = torch.optim.AdamW(network.parameters(), 5e-3)
+    image = loop.normalised(batch["image"], spec, torch.device("cpu"))
+    curve = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss, _ = objective(network(image), batch)
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    assert curve[-1] < 0.2 * curve[0]
 
 
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another(discs, tmp_path):

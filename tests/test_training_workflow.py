@@ -33,6 +33,17 @@ def test_a_trained_model_segments_a_slide_without_any_other_step(tiny_slide, tmp
     assert summary.geojson[0].exists()
 
 
+def test_the_workflow_plans_every_row_of_the_papers_tables(tmp_path):
+    for data in ("pannuke", "conic"):
+        (tmp_path / "data/raw" / data).mkdir(parents=True)
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflows/training.smk"), "--cores", "9", "-n"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    jobs = dict(line.split() for line in (run.stdout + run.stderr).splitlines() if len(line.split()) == 2)
+    assert jobs["train"] == jobs["evaluate"] == str(9 * 3 + 12)
+    assert jobs["prepare"] == "2"
+
+
 @pytest.mark.slow
 def test_the_workflow_goes_from_raw_data_to_tables(tmp_path):
     command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflows/training.smk"), "--cores", "2"]

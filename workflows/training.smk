@@ -39,9 +39,8 @@ def changes(wildcards):
         made["folds"] = {split: [fold] for split, fold in made["folds"].items()}
     if MINI:
         mini = yaml.safe_load((EXPERIMENTS / "mini.yaml").read_text())
-        made |= mini["changes"]
+        made |= mini["changes"] | mini["data"][wildcards.data]
         made["settings"] = mini["settings"][wildcards.experiment.split("-")[0]]
-        made["crop_px"] = 64 if wildcards.data == "pannuke" else 256
     return " ".join(f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in made.items())
 
 
