@@ -9,7 +9,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from wsipipe.cli import app
 from wsipipe.errors import DataError
 from wsipipe.training.check import check, draw_sheet
 from wsipipe.training.miniature import make_conic, make_pannuke
@@ -441,6 +443,23 @@ def test_a_check_names_every_fault_at_once_and_draws_the_rest(pannuke, tmp_path)
     ):
         assert part in text
     assert any("1 groups are in several splits" in doubt for doubt in report.doubts)
+
+
+def test_the_commands_lead_from_drawn_data_to_a_checked_set(tmp_path):
+    def run(*arguments: object):
+        return CliRunner().invoke(app, ["data", *map(str, arguments)])
+
+    assert run("miniature", "pannuke", tmp_path / "src", "--side", 64).exit_code == 0
+    assert "18 images in three folds" in run("prepare", "pannuke", tmp_path / "src", tmp_path / "set").output
+    checked = run("check", tmp_path / "set")
+    assert checked.exit_code == 0
+    assert "note   images: 18 here, 7,901 published" in checked.output
+    assert (tmp_path / "set/sheet.png").exists()
+    types = np.load(tmp_path / "set/types.npy")
+    np.save(tmp_path / "set/types.npy", np.where(types > 0, 9, 0).astype(np.uint8))
+    spoilt_set = run("check", tmp_path / "set")
+    assert spoilt_set.output.count("fault  types.npy") == 15
+    assert isinstance(spoilt_set.exception, DataError)
 
 
 def test_a_check_of_torn_files_names_them_all(tmp_path):
