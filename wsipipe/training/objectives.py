@@ -9,6 +9,7 @@ from wsipipe.errors import ConfigError
 from wsipipe.model.spec import ModelSpec
 from wsipipe.training.config import TrainConfig
 from wsipipe.training.losses import CellVTALoss, LossWeights
+from wsipipe.training.validation import middle
 
 # (output of the network, batch on its device) -> total to minimise, and its parts, detached
 Objective = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
@@ -25,16 +26,11 @@ def _of_maps(spec: ModelSpec, config: TrainConfig) -> Objective:
     def objective(output: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         target = {name: value for name, value in batch.items() if name not in ("image", "instances")}
         height, width = output["nuclei"].shape[2:]
-        target = {name: _middle(value, height, width) if value.ndim > 2 else value for name, value in target.items()}
+        target = {name: middle(value, height, width) if value.ndim > 2 else value for name, value in target.items()}
         total, parts = criterion(output, target)
         return total, parts
 
     return objective
-
-
-def _middle(maps: Tensor, height: int, width: int) -> Tensor:
-    top, left = (maps.shape[-2] - height) // 2, (maps.shape[-1] - width) // 2
-    return maps[..., top : top + height, left : left + width]
 
 
 OBJECTIVES: dict[str, Callable[[ModelSpec, TrainConfig], Objective]] = {

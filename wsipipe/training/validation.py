@@ -51,8 +51,9 @@ def validate(
         output = network(prepared(batch["image"]))
         losses.append(loss(output, batch).item())
         if with_pq:
+            truth = {name: middle(batch[name], *output["nuclei"].shape[2:]) for name in ("instances", "types")}
             for i, found in enumerate(nuclei_of(output, mpp)):
-                of_all, of_types = score_crop(batch, i, found, types)
+                of_all, of_types = score_crop(truth, i, found, types)
                 binary.append(of_all)
                 by_type.append(of_types)
     scores = {"loss": sum(losses) / len(losses)}
@@ -60,6 +61,12 @@ def validate(
         means = [float(np.nanmean(row)) for row in by_type if not np.isnan(row).all()]
         scores |= {"bPQ": float(np.mean(binary)), "mPQ": float(np.mean(means)) if means else 0.0}
     return scores
+
+
+def middle(maps: Tensor, height: int, width: int) -> Tensor:
+    """The middle of maps (..., H, W): what a network answers for that needs its border as context."""
+    top, left = (maps.shape[-2] - height) // 2, (maps.shape[-1] - width) // 2
+    return maps[..., top : top + height, left : left + width]
 
 
 def score_crop(batch: Item, i: int, found: TypedNuclei, types: int) -> tuple[float, Floats]:
