@@ -48,7 +48,7 @@ class EndlessSlide(Slide):
         self.path, self.name, self.fingerprint, self.bounds = "made", "made", "made", None
         self.width_px0 = self.height_px0 = side
         self.mpp_x0 = self.mpp_y0 = MPP
-        self.mpp_source = "given"
+        self.mpp_source, self.skips_unread = "given", False
         self._made = made
 
     def read(self, box: Box, grid: Grid) -> npt.NDArray[np.uint8]:

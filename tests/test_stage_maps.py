@@ -52,6 +52,7 @@ class DrawnSlide:
     name = "drawn"
     path = "drawn.svs"
     fingerprint = "cd" * 32
+    unread: frozenset[Box] = frozenset()
 
     def __init__(self) -> None:
         self.pixels = np.random.default_rng(0).integers(0, 256, (GRID.height, GRID.width, 3), np.uint8)

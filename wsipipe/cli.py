@@ -60,6 +60,9 @@ Out = Annotated[
 ]
 ConfigPath = Annotated[Path | None, typer.Option("--config", help="YAML file of settings")]
 Mpp = Annotated[float | None, typer.Option("--mpp", help="µm per pixel at full resolution; wins over the file's own")]
+SkipBadTiles = Annotated[
+    bool, typer.Option("--skip-bad-tiles", help="take for white what cannot be read of SLIDE, and record where")
+]
 Model = Annotated[str | None, typer.Option("--model", help="name of a shipped model, or path of a checkpoint")]
 Roi = Annotated[
     Path | None, typer.Option("--roi", exists=True, dir_okay=False, help="GeoJSON of regions from QuPath: only there")
@@ -110,6 +113,7 @@ def segment(
     config: ConfigPath = None,
     set_: Set = None,
     mpp: Mpp = None,
+    skip_bad_tiles: SkipBadTiles = False,
     model: Model = None,
     roi: Roi = None,
     no_tissue_mask: Everywhere = False,
@@ -124,7 +128,7 @@ def segment(
 ) -> None:
     """Find every nucleus of SLIDE: all stages, and all files that come of them."""
     settings = _settings(config, set_)
-    with _opened(slide, mpp) as opened, _granted(device) as chosen:
+    with _opened(slide, mpp, skip_bad_tiles) as opened, _granted(device) as chosen:
         from wsipipe.model.weights import DEFAULT_MODEL, load_model
         from wsipipe.stages.segment import segment as run
 
@@ -155,13 +159,14 @@ def tissue(
     config: ConfigPath = None,
     set_: Set = None,
     mpp: Mpp = None,
+    skip_bad_tiles: SkipBadTiles = False,
     roi: Roi = None,
     no_tissue_mask: Everywhere = False,
     unattended: Unattended = False,
 ) -> None:
     """Find the tissue of SLIDE and write tissue.png."""
     settings = _settings(config, set_)
-    with _opened(slide, mpp) as opened, _claimed(out, opened, "tissue", wait=unattended) as folder:
+    with _opened(slide, mpp, skip_bad_tiles) as opened, _claimed(out, opened, "tissue", wait=unattended) as folder:
         from wsipipe.stages.tissue import make_tissue
 
         found = make_tissue(opened, folder.tissue, settings.tissue, roi=roi, everywhere=no_tissue_mask)
@@ -175,6 +180,7 @@ def maps(
     config: ConfigPath = None,
     set_: Set = None,
     mpp: Mpp = None,
+    skip_bad_tiles: SkipBadTiles = False,
     model: Model = None,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -186,7 +192,7 @@ def maps(
     """Run the network over the tissue of SLIDE and write maps.zarr."""
     settings = _settings(config, set_)
     claim = ["path"] if unattended else []  # the maps have a lock of their own, which does not wait
-    with _opened(slide, mpp) as opened, _claimed(out, opened, *claim, wait=unattended) as folder:
+    with _opened(slide, mpp, skip_bad_tiles) as opened, _claimed(out, opened, *claim, wait=unattended) as folder:
         from wsipipe.model.weights import DEFAULT_MODEL, load_model
         from wsipipe.stages.maps import make_maps
         from wsipipe.stages.tissue import read_tissue
@@ -220,6 +226,7 @@ def nuclei(
     config: ConfigPath = None,
     set_: Set = None,
     mpp: Mpp = None,
+    skip_bad_tiles: SkipBadTiles = False,
     scheduler: Scheduler = "threads",
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -227,7 +234,7 @@ def nuclei(
 ) -> None:
     """Find the nuclei in the maps of SLIDE and write nuclei.parquet; needs no network, so settings can be tried."""
     settings = _settings(config, set_)
-    with _opened(slide, mpp) as opened, _claimed(out, opened, "nuclei", wait=unattended) as folder:
+    with _opened(slide, mpp, skip_bad_tiles) as opened, _claimed(out, opened, "nuclei", wait=unattended) as folder:
         from wsipipe.stages.nuclei import make_nuclei
 
         def run(overwrite: bool) -> "NucleiSummary":
@@ -253,6 +260,7 @@ def export(
     slide: SlidePath,
     out: Out = None,
     mpp: Mpp = None,
+    skip_bad_tiles: SkipBadTiles = False,
     form: FormOption = Form.outlines,
     no_crop: Annotated[
         bool, typer.Option("--no-crop", help="do not subtract the slide's bounds: for QuPath's own --no-crop")
@@ -261,7 +269,7 @@ def export(
     unattended: Unattended = False,
 ) -> None:
     """Write nuclei.geojson.gz for QuPath and overlay.png from the nuclei of SLIDE."""
-    with _opened(slide, mpp) as opened, _claimed(out, opened, "geojson", wait=unattended) as folder:
+    with _opened(slide, mpp, skip_bad_tiles) as opened, _claimed(out, opened, "geojson", wait=unattended) as folder:
         from wsipipe.stages.export import make_export
         from wsipipe.stages.tissue import read_tissue
 
@@ -380,10 +388,10 @@ def _settings(path: Path | None, overrides: list[str] | None = None) -> "Config"
     return load_config(path, parse_overrides(overrides or []))
 
 
-def _opened(path: str, mpp: float | None) -> "Slide":
+def _opened(path: str, mpp: float | None, skips_unread: bool = False) -> "Slide":
     from wsipipe.slide import open_slide
 
-    return open_slide(path, mpp)
+    return open_slide(path, mpp, skips_unread=skips_unread)
 
 
 def _folder(out: Path | None, slide: "Slide") -> "ResultFolder":

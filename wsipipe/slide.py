@@ -1,7 +1,10 @@
 """Open a slide; its resolution, its levels, and its pixels at any resolution."""
 
 import hashlib
+import logging
 import re
+import threading
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +17,10 @@ from wsipipe.geometry import Box, Grid, partition
 from wsipipe.readers import Reader, open_reader
 from wsipipe.resample import resampled
 
+log = logging.getLogger(__name__)
+
+RETRIES_S = (0.1, 1.0)  # pauses before reading again what could not be read
+CELL_PX = 256  # side of what is taken for white where it cannot be read: mostly a tile of the file
 GIVEN_MPP = (0.01, 100.0)  # what a user may say, and a vendor
 TIFF_MPP = (0.05, 10.0)  # resolution tags are mostly a screen's or a printer's: 72 dpi is 353 µm/px
 MOST_UM = 1e6  # a side: no glass is wider, whatever a damaged header says
@@ -45,13 +52,18 @@ class Slide:
         The part of level 0 that was scanned, where the file states all of it.
     properties : dict
         What the file says of itself, as text.
+    skips_unread : bool
+        Whether what cannot be read is taken for white, and kept in `unread`, instead of ending the run.
     fingerprint : str
         Hex hash of the file's size, head and tail and of the size at level 0; a given mpp does not change it.
     """
 
-    def __init__(self, path: str, reader: Reader, mpp: float | None) -> None:
+    def __init__(self, path: str, reader: Reader, mpp: float | None, *, skips_unread: bool = False) -> None:
         self._reader = reader
-        self.path = path
+        self._replaced: list[Reader] = []
+        self._lock = threading.Lock()
+        self._unread: set[Box] = set()
+        self.path, self.skips_unread = path, skips_unread
         self.name = _name(path)
         self.width_px0, self.height_px0 = reader.sizes[0]
         self.reader, self.vendor, self.properties = reader.name, reader.vendor, reader.properties
@@ -75,7 +87,14 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        self._reader.close()
+        for reader in (self._reader, *self._replaced):
+            reader.close()
+
+    @property
+    def unread(self) -> frozenset[Box]:
+        """Boxes of level 0 that could not be read so far and were taken for white."""
+        with self._lock:
+            return frozenset(self._unread)
 
     def grid(self, mpp: float) -> Grid:
         """The slide's pixels at `mpp`."""
@@ -102,7 +121,7 @@ class Slide:
         Raises
         ------
         SlideError
-            If the file cannot be decoded there.
+            If the file cannot be read there, after further attempts, unless such places are skipped.
         """
         pixels = np.full((*box.shape, 3), 255, np.uint8)
         finest = min(grid.scale_x, grid.scale_y)
@@ -113,19 +132,65 @@ class Slide:
 
         def read_level(part: Box) -> npt.NDArray[np.uint8]:
             try:
-                return self._reader.region(level, part)
-            except Exception as error:  # each library has its own
-                raise SlideError(
-                    f"{self.path} cannot be read at level {level}, x {part.x0} to {part.x1}, y {part.y0} to {part.y1}, "
-                    f"it is damaged or incomplete there: {' '.join(str(error).split())}"
-                ) from error
+                return self._region(level, part, RETRIES_S)
+            except SlideError as error:
+                if not self.skips_unread:
+                    raise
+                log.warning("%s; what cannot be read there is taken for white", error)
+                return self._readable(level, part)
 
         for part in partition(box.clipped(grid.box), max(1, int(SOURCE_PX / max(1, *scale)))):
             pixels[part.within(box).slices] = resampled(read_level, (width, height), scale, part)
         return pixels
 
+    def _region(self, level: int, part: Box, retries_s: tuple[float, ...]) -> npt.NDArray[np.uint8]:
+        """Pixels of a level; a network disk may fail once, and OpenSlide answers nothing more after any failure."""
+        for pause in (*retries_s, None):
+            reader = self._reader
+            try:
+                return reader.region(level, part)
+            except Exception as error:  # each library has its own
+                if pause is None:
+                    raise SlideError(
+                        f"{self.path} cannot be read at level {level}, x {part.x0} to {part.x1}, "
+                        f"y {part.y0} to {part.y1}, it is damaged or incomplete there: {' '.join(str(error).split())}"
+                    ) from error
+            time.sleep(pause)
+            self._reopen(reader)
+        raise AssertionError("the last attempt returns or raises")
 
-def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
+    def _reopen(self, failed: Reader) -> None:
+        with self._lock:
+            if self._reader is not failed:  # another thread did
+                return
+            try:
+                reader = open_reader(self.path)
+                same = _fingerprint(self.path, reader.sizes[0]) == self.fingerprint
+            except (SlideError, OSError):  # it may be there again for the next attempt
+                return
+            if not same:
+                reader.close()
+                raise SlideError(f"{self.path} was changed while it was read; run the same command again")
+            self._replaced.append(failed)  # other threads may still be in it
+            self._reader = reader
+
+    def _readable(self, level: int, part: Box) -> npt.NDArray[np.uint8]:
+        """What can be read of a part, cell by cell; the rest is white and noted."""
+        pixels = np.full((*part.shape, 3), 255, np.uint8)
+        downsample = self.levels[level][2]
+        first = Box(part.x0 // CELL_PX * CELL_PX, part.y0 // CELL_PX * CELL_PX, part.x1, part.y1)
+        for whole in partition(first, CELL_PX):
+            cell = whole.clipped(part)
+            try:
+                pixels[cell.within(part).slices] = self._region(level, cell, (0.0,))
+            except SlideError:
+                edges = (cell.x0, cell.y0, cell.x1, cell.y1)
+                with self._lock:
+                    self._unread.add(Box(*(round(edge * downsample) for edge in edges)))
+        return pixels
+
+
+def open_slide(path: str | Path, mpp: float | None = None, *, skips_unread: bool = False) -> Slide:
     """Open a slide file, a plain picture or a URL.
 
     Parameters
@@ -134,6 +199,8 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
         Any format of OpenSlide; OME-TIFF, QPTIFF and other TIFF; PNG and JPEG; a URL of a TIFF that fsspec reaches.
     mpp : float, optional
         µm per level-0 pixel; wins over what the file says.
+    skips_unread : bool
+        Take for white what cannot be read, and keep it in `Slide.unread`, instead of raising.
 
     Raises
     ------
@@ -154,7 +221,7 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
             raise SlideError(f"{path} is empty; fetch it again")
     reader = open_reader(path)
     try:
-        return Slide(str(path), reader, mpp)
+        return Slide(str(path), reader, mpp, skips_unread=skips_unread)
     except BaseException:
         reader.close()
         raise

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,6 +32,7 @@ FORMAT_VERSION = 2
 # Of zstd 1 to 3 and Blosc with and without shuffling on crowded maps (9 channels, 768 px chunks), level 1 costs
 # least to write: 14 MP/s of one core, 3.4 bytes a pixel. Level 3 saves a tenth of the bytes for 1.4 times the work.
 COMPRESSION_LEVEL = 1
+UNREAD = "unread"  # one line a place of the slide that could not be read: x0 y0 x1 y1 at level 0
 COMMITS = "commits"  # one line a finished chunk, in the order of finishing: its index and the CRC-32 of its files
 MOST_COARSE_PX = 1 << 28  # of a tissue mask or a table of chunks: a damaged size must not fill the memory
 
@@ -315,14 +316,32 @@ class MapStore:
             raise StoreError(f"the chunks {damaged} of {self._root} are damaged; make it again with --overwrite")
         return maps
 
-    def write_chunk(self, index: int, maps: Maps) -> None:
-        """Store the maps of one chunk, then commit it; once this returns they survive a crash of the machine."""
+    @property
+    def unread(self) -> list[Box]:
+        """Places of the slide, at level 0, that could not be read and were taken for white."""
+        path = self._root / UNREAD
+        try:
+            lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
+            boxes = {Box(x0, y0, x1, y1) for x0, y0, x1, y1 in (map(int, line.split()) for line in lines)}
+        except ValueError as error:
+            raise StoreError(f"{path} is damaged; make the maps again with --overwrite") from error
+        return sorted(boxes, key=lambda box: (box.y0, box.x0))
+
+    def write_chunk(self, index: int, maps: Maps, unread: Iterable[Box] = ()) -> None:
+        """Store the maps of one chunk, then commit it; once this returns they survive a crash of the machine.
+
+        `unread` are the places at level 0 that could not be read for it.
+        """
         box = self.meta.chunk_box(index)
         if maps.nuclei.shape != box.shape or index not in self.wanted:
             raise ValueError(f"maps of {maps.nuclei.shape} px are not those of chunk {index} of {box.shape} px")
         for array, values in ((self._np, maps.nuclei), (self._hv, maps.offsets), (self._nc, maps.types)):
             array[..., *box.slices] = values
             _to_disk(self._chunk_file(array, index))
+        if lines := [f"{box.x0} {box.y0} {box.x1} {box.y1}\n" for box in unread]:
+            with (self._root / UNREAD).open("a") as file:
+                file.writelines(sorted(lines))
+            _to_disk(self._root / UNREAD)
         crc = self._sum(index)
         with (self._root / COMMITS).open("a") as commits:
             commits.write(f"{index} {crc:08x}\n")

@@ -8,6 +8,7 @@ several: so this is what makes both runs equal.
 """
 
 import logging
+import math
 import shutil
 import time
 from collections import deque
@@ -69,6 +70,7 @@ class MapsSummary:
     device: str
     precision: str
     batch_size: int
+    unread_px0: tuple[Box, ...] = ()  # places at level 0 that could not be read and were taken for white
 
     @property
     def tiles_per_s(self) -> float:
@@ -193,8 +195,11 @@ def make_maps(
             device=str(chosen),
             precision=store.meta.precision,
             batch_size=batch_size,
+            unread_px0=tuple(store.unread),
         )
     log.info("%s: %s", slide.name, summary)
+    if summary.unread_px0:
+        log.warning("%s: %d places could not be read and are white in the maps", slide.name, len(summary.unread_px0))
     if todo or not record_of(out).exists():
         write_record(
             out,
@@ -420,9 +425,16 @@ class _Run:
             self._spent.pixels += core.width * core.height
             if self._placed == item.chunk_tiles:
                 with _told("writing", [item], self._grid):
-                    self._store.write_chunk(item.chunk, chunk)
+                    self._store.write_chunk(item.chunk, chunk, self._unread(box))
                     self._announce([item.chunk])
                 self._open = None
+
+    def _unread(self, chunk: Box) -> list[Box]:
+        """Places that could not be read for the tiles of a chunk."""
+        seen = chunk.grown(self._geometry.halo_px + self._geometry.core_px)
+        low, high = self._grid.to_px0([(seen.x0, seen.y0), (seen.x1, seen.y1)])
+        around = Box(math.floor(low[0]), math.floor(low[1]), math.ceil(high[0]), math.ceil(high[1]))
+        return [box for box in self._slide.unread if not box.clipped(around).is_empty]
 
 
 def _geometry(spec: ModelSpec, config: MapsConfig) -> TileGeometry:

@@ -47,15 +47,18 @@ class Sources:
         slide, maps = self.slide, self.store.path.absolute()  # a worker may have another working folder
         path = slide.path if "://" in slide.path else str(Path(slide.path).absolute())
         given_mpp = slide.mpp_x0 if slide.mpp_source == "given" else None
-        return _open_sources, (wsipipe.__version__, path, given_mpp, maps, self.store.made_ns)
+        return _open_sources, (wsipipe.__version__, path, given_mpp, slide.skips_unread, maps, self.store.made_ns)
 
 
 @lru_cache(maxsize=2)
-def _open_sources(version: str, slide: str, mpp: float | None, maps: Path, made_ns: int) -> Sources:
+def _open_sources(version: str, slide: str, mpp: float | None, skips_unread: bool, maps: Path, made_ns: int) -> Sources:
     """One a process, shared by its threads; `made_ns` tells stores apart that had the same path one after another."""
     if version != wsipipe.__version__:
         raise ConfigError(f"a worker has wsipipe {wsipipe.__version__}, not {version}; install the same everywhere")
-    return Sources(open_slide(slide, mpp), MapStore.open(maps, unfinished=True))
+    store, opened = MapStore.open(maps, unfinished=True), open_slide(slide, mpp, skips_unread=skips_unread)
+    if opened.fingerprint != store.meta.fingerprint:
+        raise StoreError(f"{maps} is of another slide than {slide}; was it changed while its nuclei were found?")
+    return Sources(opened, store)
 
 
 class NucleiRun:

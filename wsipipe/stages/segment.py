@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
@@ -106,6 +106,7 @@ def segment(
         qc=nuclei.meta.qc,
         seams=nuclei.seams and nuclei.seams.to_json(),
         tissue_mm2=tissue.area_mm2,
+        unread_px0=[asdict(box) for box in maps.unread_px0],
         seconds={stage: round(seconds, 3) for stage, seconds in clock.laps.items()},
         seconds_network=round(maps.seconds_network, 3),
         megapixels=round(maps.megapixels, 3),

@@ -1,0 +1,174 @@
+"""Faults while a slide is read or results are written: nothing is lost that was finished, nothing half is left."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import wsipipe.slide
+from wsipipe.config import load_config
+from wsipipe.errors import SlideError, StoreError
+from wsipipe.folder import ResultFolder
+from wsipipe.geometry import Box
+from wsipipe.model.weights import load_model
+from wsipipe.readers import TiledTiff
+from wsipipe.slide import open_slide
+from wsipipe.stages.nuclei import make_nuclei
+from wsipipe.stages.segment import segment
+from wsipipe.store import MapStore
+
+SMALL = load_config(overrides={"maps": {"chunk_tiles": 1}})
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr(wsipipe.slide, "RETRIES_S", (0.0, 0.0))
+
+
+def run(path, out, model, **options):
+    skips = options.pop("skips_unread", False)
+    with open_slide(path, skips_unread=skips) as slide:
+        options = {"device": "cpu", "precision": "fp32", **options}
+        return segment(slide, load_model(model), ResultFolder(out), SMALL, **options)
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """All files but the records."""
+    kept = (file for file in out.rglob("*") if file.is_file() and not (file.parent == out and file.suffix == ".json"))
+    return {str(file.relative_to(out)): file.read_bytes() for file in kept}
+
+
+def failing(monkeypatch, fails) -> list[int]:
+    """Let tiles of the file fail where `fails(level, number of the tile, attempt)`; counts the attempts."""
+    attempts: dict[tuple[int, int], int] = {}
+    calls: list[int] = []
+    original = TiledTiff._decode
+
+    def decode(reader, level, index):
+        attempts[level, index] = attempts.get((level, index), 0) + 1
+        calls.append(index)
+        if fails(level, index, attempts[level, index]):
+            raise OSError(5, "Input/output error")
+        return original(reader, level, index)
+
+    monkeypatch.setattr(TiledTiff, "_decode", decode)
+    return calls
+
+
+def test_a_read_that_fails_once_is_done_again(tiny, oracle, tmp_path, monkeypatch):
+    run(tiny.path, tmp_path / "whole", oracle)
+    failing(monkeypatch, lambda level, index, attempt: attempt == 1)
+    run(tiny.path, tmp_path / "out", oracle)
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+
+
+def test_a_read_that_always_fails_ends_the_run_with_the_place_and_keeps_what_was_finished(
+    tiny, oracle, tmp_path, monkeypatch
+):
+    run(tiny.path, tmp_path / "whole", oracle)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        failing(patch, lambda level, index, attempt: (level, index) == (0, 6))
+        with pytest.raises(SlideError, match=r"cannot be read at level 0, .*Input/output.*the tile at x \d+, y \d+"):
+            run(tiny.path, out, oracle)
+    assert MapStore.open(out / "maps.zarr", unfinished=True).committed
+    assert not (out / "maps.zarr").exists()
+    assert not (out / "nuclei.parquet").exists()
+    run(tiny.path, out, oracle)
+    assert results(out) == results(tmp_path / "whole")
+
+
+def test_bad_tiles_are_skipped_if_asked_and_recorded_with_their_place(tiny, oracle, tmp_path, monkeypatch):
+    failing(monkeypatch, lambda level, index, attempt: (level, index) == (0, 6))  # x 512 to 768, y 256 to 512
+    summary = run(tiny.path, tmp_path / "out", oracle, skips_unread=True)
+    assert summary.maps.unread_px0
+    place = Box(512, 256, 768, 512)
+    assert all(box.clipped(place) == box for box in summary.maps.unread_px0)
+    record = json.loads((tmp_path / "out" / "segment.json").read_text())
+    assert [Box(**box) for box in record["unread_px0"]] == list(summary.maps.unread_px0)
+    lost = [disc for disc in tiny.discs if place.owns(disc.x, disc.y)]
+    assert lost
+    assert summary.nuclei.count <= 12 - len([disc for disc in lost if disc.x > place.x0 + disc.radius])
+    again = run(tiny.path, tmp_path / "out", oracle, skips_unread=True)
+    assert (again.maps.tiles, again.maps.unread_px0) == (0, summary.maps.unread_px0)
+
+
+def test_a_reader_that_answers_nothing_more_after_a_failure_is_opened_anew(tiny, tmp_path, monkeypatch):
+    """As OpenSlide does."""
+    with open_slide(tiny.path, skips_unread=True) as slide:
+        whole = slide.read(slide.grid(0.25).box, slide.grid(0.25))
+        original, dead = TiledTiff.region, set()
+
+        def region(reader, level, box):
+            if id(reader) in dead or not box.clipped(Box(256, 256, 300, 300)).is_empty:
+                dead.add(id(reader))
+                raise ValueError("in an error state")
+            return original(reader, level, box)
+
+        monkeypatch.setattr(TiledTiff, "region", region)
+        pixels = slide.read(slide.grid(0.25).box, slide.grid(0.25))
+        assert slide.unread == {Box(256, 256, 512, 512)}
+    expected = whole.copy()
+    expected[256:512, 256:512] = 255
+    np.testing.assert_array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "replaced"])
+def test_a_slide_that_is_lost_while_it_is_read_is_told_and_the_run_goes_on_when_it_is_back(
+    how, tiny, oracle, make_svs, tmp_path, monkeypatch
+):
+    run(tiny.path, tmp_path / "whole", oracle)
+    path, out = tmp_path / "tiny.svs", tmp_path / "out"
+    shutil.copyfile(tiny.path, path)
+    seen = []
+    original = TiledTiff._decode
+
+    def decode(reader, level, index):
+        seen.append((level, index))
+        if len([1 for level, _ in seen if level == 0]) == 4:
+            if how == "cut":
+                os.truncate(path, 5000)
+            elif how == "gone":
+                path.unlink()
+                raise OSError(116, "Stale file handle")
+            else:
+                make_svs(path, tiny.pixels[:512])
+                raise OSError(116, "Stale file handle")
+        return original(reader, level, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TiledTiff, "_decode", decode)
+        if how == "gone":
+            patch.setattr(TiledTiff, "_decode", lambda *a: decode(*a) if path.exists() else _stale())
+        with pytest.raises(SlideError, match="cannot be read" if how == "gone" else "was changed while it was read"):
+            run(path, out, oracle)
+    assert not (out / "nuclei.parquet").exists()
+    shutil.copyfile(tiny.path, path)
+    run(path, out, oracle)
+    assert results(out) == results(tmp_path / "whole")
+
+
+def _stale():
+    raise OSError(116, "Stale file handle")
+
+
+def test_a_chunk_that_is_removed_is_seen_and_no_table_is_written(tiny, oracle, tmp_path):
+    run(tiny.path, tmp_path / "out", oracle)
+    maps = tmp_path / "out" / "maps.zarr"
+    chunk = sorted((maps / "np").rglob("c/*/*"))[7]
+    chunk.unlink()
+    with open_slide(tiny.path) as slide, pytest.raises(StoreError, match="lacks its chunks"):
+        make_nuclei(slide, maps, tmp_path / "again.parquet", SMALL.nuclei)
+    assert not (tmp_path / "again.parquet").exists()
+
+
+def test_a_chunk_without_its_commit_is_seen_and_no_table_is_written(tiny, oracle, tmp_path):
+    run(tiny.path, tmp_path / "out", oracle)
+    commits = tmp_path / "out" / "maps.zarr" / "commits"
+    commits.write_text("".join(commits.read_text().splitlines(keepends=True)[:-1]))
+    with open_slide(tiny.path) as slide, pytest.raises(StoreError, match="lacks 1 of its chunks"):
+        make_nuclei(slide, commits.parent, tmp_path / "again.parquet", SMALL.nuclei)
+    assert not (tmp_path / "again.parquet").exists()
