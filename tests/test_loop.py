@@ -239,6 +239,14 @@ def test_a_run_ends_early_and_keeps_the_best(discs, tmp_path, monkeypatch):
     assert len(losses(tmp_path)) == 4
 
 
+def test_best_weights_that_went_away_are_not_taken_for_there(discs, tmp_path):
+    best = train(config(discs, steps=2, validate_every=1), tmp_path)
+    best.unlink()
+    with pytest.raises(StoreError, match="is gone"):
+        train(config(discs, steps=2, validate_every=1), tmp_path)
+    assert train(config(discs, steps=3, validate_every=1), tmp_path).exists()
+
+
 def test_the_checkpoint_says_what_it_was_made_of(discs, tmp_path):
     best = train(config(discs, steps=1), tmp_path)
     with safe_open(best, "pt") as file:

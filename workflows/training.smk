@@ -100,10 +100,10 @@ rule train:
     input:
         f"{OUT}/data/{{data}}",
     output:
-        f"{OUT}/runs/{{data}}/{{experiment}}/split{{split}}/best.safetensors",
+        f"{OUT}/weights/{{data}}/{{experiment}}/split{{split}}.safetensors",
     params:
         experiment=lambda wildcards: EXPERIMENTS / wildcards.data / f"{wildcards.experiment}.yaml",
-        run=lambda wildcards, output: Path(output[0]).parent,
+        run=lambda wildcards: f"{OUT}/runs/{wildcards.data}/{wildcards.experiment}/split{wildcards.split}",
         changes=changes,
     log:
         f"{OUT}/logs/train/{{data}}/{{experiment}}/split{{split}}.log",
@@ -111,13 +111,14 @@ rule train:
     resources:
         gpu=0 if MINI else 1,
     shell:
-        # An interrupted run goes on: Snakemake would remove its best weights, but not the rest of its folder.
-        "{WSIPIPE} train {params.experiment} {params.run} {params.changes} 2>> {log}"
+        # The run's folder is no output: Snakemake would empty it where an interrupted run is to go on.
+        "{WSIPIPE} train {params.experiment} {params.run} {params.changes} 2>> {log} && "
+        "cp {params.run}/best.safetensors {output}"
 
 
 rule evaluate:
     input:
-        weights=f"{OUT}/runs/{{data}}/{{experiment}}/split{{split}}/best.safetensors",
+        weights=f"{OUT}/weights/{{data}}/{{experiment}}/split{{split}}.safetensors",
         data=f"{OUT}/data/{{data}}",
     output:
         f"{OUT}/scores/{{data}}/{{experiment}}/split{{split}}/scores.json",

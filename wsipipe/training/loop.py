@@ -168,6 +168,8 @@ def train(config: TrainConfig, run: Path) -> Path:
             _save(run / "last.pt", progress, parts)
     board.close()
     team.wait_for_everyone()
+    if not (run / "best.safetensors").exists():
+        raise StoreError(f"{run} has ended, but its best.safetensors is gone; train anew in another folder")
     return run / "best.safetensors"
 
 
@@ -469,6 +471,8 @@ def _resume(run: Path, parts: dict[str, Any]) -> dict[str, float]:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         progress |= {name: state[name] for name in progress if name in state}
+        if not (run / "best.safetensors").exists():
+            progress["best"] = math.inf  # it went away: the next validation is the best there is
     for name in ("log.csv", "validation.csv"):
         _cut_log(run / name, int(progress["step"]))
     return progress
