@@ -257,6 +257,19 @@ def test_measures_are_those_of_scikit_image(shapes: npt.NDArray[np.int32]) -> No
     assert ((columns["solidity"] > 0.8) & (columns["solidity"] <= 1)).all()
 
 
+@pytest.mark.parametrize("simplify", [0.0, 0.5])
+def test_solidity_perimeter_and_bytes_are_those_that_shapely_gives(
+    shapes: npt.NDArray[np.int32], simplify: float
+) -> None:
+    config = NucleiConfig(min_area_um2=0, simplify_px=simplify)
+    columns, _ = described(shapes, config=config, grid=grid_of(shapes, 2.0))  # at which rounding changes nothing
+    polygons = columns["polygons"]
+    solidity = shapely.area(polygons) / shapely.area(shapely.convex_hull(polygons))
+    np.testing.assert_allclose(columns["solidity"], solidity, rtol=1e-6)
+    np.testing.assert_allclose(columns["perimeter_um"], shapely.length(polygons) * 0.125, rtol=1e-6)
+    assert columns["geometry"].tolist() == shapely.to_wkb(polygons).tolist()
+
+
 def test_unequal_pixels_are_measured_as_they_are() -> None:
     labels = draw_ellipses((100, 200), [(100, 50, 60, 30, 0)])
     columns, _ = described(labels, grid=Grid(200, 100, 1, 1, 0.25, 0.5))

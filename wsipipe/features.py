@@ -16,7 +16,7 @@ from wsipipe.geometry import Box, Grid
 from wsipipe.instances import label_nuclei, reach_px
 from wsipipe.maps import Maps
 from wsipipe.measures import Measures, measure, stain_sums
-from wsipipe.outlines import made_whole, polygons_px0, trace_outlines
+from wsipipe.outlines import made_whole, polygons_px0, to_wkb, trace_outlines
 
 _MEASURES = (
     "area_um2",
@@ -154,7 +154,7 @@ def describe_nuclei(
     x, y : mean of the pixels' centres.
     area : number of pixels. major and minor axis, eccentricity: of the ellipse with the same second moments.
     perimeter : of the simplified outline. circularity: 4 pi area / perimeter^2, at most 1.
-    solidity : area of the outline over that of its convex hull.
+    solidity : area within that outline over that of its convex hull.
     hematoxylin, eosin : mean optical density (base 10) after Ruifrok and Johnston 2001, white being 255; null without
     pixels. Six times the value of `skimage.color.separate_stains`, which takes logarithms to the base 1e-6.
     geometry : the outline along pixel edges, simplified, at level 0, rounded to 0.1 px.
@@ -192,11 +192,10 @@ def describe_nuclei(
         wide=int(_too_wide(sums.boxes[ids], read, grid, config).sum()),
     )
 
-    perimeter = outlines.perimeter(grid.mpp_x, grid.mpp_y)
+    perimeter, solidity = outlines.measures(grid.mpp_x, grid.mpp_y)
     major, minor = _axes_um(count, sums.moments[ids], grid)
     type_id, type_probability = _types(sums.nc_sum[ids], count)
     place = grid.to_px0(centre)
-    hull = shapely.area(shapely.convex_hull(polygons))
     columns: dict[str, npt.NDArray[Any]] = {
         "type_id": type_id,
         "probability": sums.np_sum[ids] / (255 * count),
@@ -209,7 +208,7 @@ def describe_nuclei(
         "major_axis_um": major,
         "minor_axis_um": minor,
         "eccentricity": np.sqrt(1 - np.divide(minor, major, out=np.ones_like(major), where=major > 0) ** 2),
-        "solidity": shapely.area(polygons) / hull,
+        "solidity": solidity,
         "circularity": np.minimum(1, 4 * np.pi * area / perimeter**2),
     }
     if type_probability is not None:
@@ -221,7 +220,7 @@ def describe_nuclei(
     arrays["id"] = pa.array(_identities(fingerprint, place[keep]), pa.string())
     names = np.array(class_names if type_probability is not None else [UNTYPED])
     arrays["type"] = pa.array(names[type_id[keep]], pa.string())
-    arrays["geometry"] = pa.array(shapely.to_wkb(polygons[keep]), pa.binary())
+    arrays["geometry"] = to_wkb(polygons[keep])
     missing = {name: pa.nulls(keep.size, pa.float32()) for name in NUCLEI_SCHEMA.names if name not in arrays}
     return pa.record_batch(arrays | missing, NUCLEI_SCHEMA), qc
 

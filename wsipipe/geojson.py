@@ -39,6 +39,7 @@ ROWS = 10_000  # nuclei formatted at once: a few MB of text
 # Level 1 takes 6 µs a nucleus, level 6 takes 28 for files smaller by a sixth (15 vertices, 11 measurements).
 GZIP_LEVEL = 1
 SMALLEST_PX0 = 0.01  # px²; QuPath's grid is 0.01 px, and below this an outline becomes an empty object
+POLYGON = 3  # shapely's number for it
 MISSING = np.iinfo(np.int64).min
 
 # Column, name in QuPath's manner with its unit, decimals.
@@ -181,16 +182,18 @@ def encode_features(
 def _outlines(nuclei: pa.RecordBatch) -> tuple[Integers, Integers, npt.NDArray[np.float64]]:
     """Rows with a good outline, where each ring starts, and the vertices in tenths of a level-0 px."""
     polygons = shapely.from_wkb(nuclei["geometry"].to_numpy(zero_copy_only=False))
-    rings = shapely.get_exterior_ring(polygons)
-    rows = np.flatnonzero(~shapely.is_missing(rings) & (shapely.get_num_coordinates(rings) >= 4))
-    polygons, rings = polygons[rows], rings[rows]
-    xy = shapely.get_coordinates(rings)
+    kept = (shapely.get_type_id(polygons) == POLYGON) & (shapely.get_num_coordinates(polygons) >= 4)
+    if (shapely.get_num_interior_rings(polygons) > 0).any():  # of another's table: what a hole holds is of the nucleus
+        polygons = shapely.polygons(shapely.get_exterior_ring(np.where(kept, polygons, None)))
+    rows = np.flatnonzero(kept)
+    polygons = polygons[rows]
+    xy = shapely.get_coordinates(polygons)
     tenths = np.rint(xy * 10)
     if (np.abs(tenths - xy * 10) > 1e-6).any():
         # Tested as they will be written: rounding is what breaks outlines.
-        polygons = shapely.polygons(shapely.set_coordinates(rings, tenths / 10))
+        polygons = shapely.set_coordinates(polygons.copy(), tenths / 10)
     good = shapely.is_valid(polygons) & (shapely.area(polygons) >= SMALLEST_PX0)
-    counts = shapely.get_num_coordinates(rings)
+    counts = shapely.get_num_coordinates(polygons)
     starts = np.concatenate([[0], np.cumsum(counts[good])])
     return rows[good], starts, tenths[np.repeat(good, counts)]
 

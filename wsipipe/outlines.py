@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import shapely
 from scipy import ndimage
 
@@ -12,6 +13,10 @@ from wsipipe.geometry import Box, Grid
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
+Doubles = npt.NDArray[np.float64]
+Bytes = npt.NDArray[np.uint8]
+WKB_HEAD = np.frombuffer(bytes((1, 3, 0, 0, 0, 1, 0, 0, 0)), np.uint8)  # little-endian polygon of one ring
+FEW = 48  # points that are sorted quicker by insertion
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +45,12 @@ class Outlines:
         """(M,) index of the nucleus of each point."""
         return np.repeat(np.arange(self.ends.size), np.diff(self.ends, prepend=0))
 
-    def perimeter(self, unit_x: float, unit_y: float) -> npt.NDArray[np.float64]:
-        """(N,) length of each outline, a pixel being `unit_x` wide and `unit_y` high."""
-        starts = np.append(0, self.ends[:-1])
-        following = np.arange(1, len(self.points) + 1)
-        following[self.ends - 1] = starts[: self.ends.size]
-        steps = (self.points[following] - self.points) * (unit_x / 2, unit_y / 2)
-        return np.add.reduceat(np.sqrt((steps**2).sum(1)), starts[: self.ends.size])
+    def measures(self, unit_x: float, unit_y: float) -> tuple[Doubles, Doubles]:
+        """(N,) length of each outline, a pixel being `unit_x` wide and `unit_y` high, and (N,) its solidity.
+
+        Solidity is the area within the outline over that of its convex hull.
+        """
+        return _measure(self.points, self.ends, unit_x / 2, unit_y / 2)
 
 
 def trace_outlines(labels: Ints, ids: Ints, first: Ints, simplify_px: float) -> Outlines:
@@ -181,6 +185,63 @@ def _simplify(ring: Ints, size: int, farthest: float) -> int:
     return kept
 
 
+@compiled
+def _measure(points: Ints, ends: Longs, unit_x: float, unit_y: float) -> tuple[Doubles, Doubles]:
+    """Length and solidity of each ring. The hull: Andrew's monotone chain, on whole numbers."""
+    lengths, solidities = np.empty(ends.size), np.empty(ends.size)
+    keys, hull = np.empty(0, np.int64), np.empty((0, 2), np.int64)
+    begin = 0
+    for i in range(ends.size):
+        size = ends[i] - begin
+        if size > keys.size:
+            keys, hull = np.empty(2 * size, np.int64), np.empty((4 * size + 2, 2), np.int64)
+        length, area = 0.0, 0
+        for k in range(size):
+            x, y = np.int64(points[begin + k, 0]), np.int64(points[begin + k, 1])
+            u, v = points[begin + (k + 1) % size]
+            length += np.sqrt(((u - x) * unit_x) ** 2 + ((v - y) * unit_y) ** 2)
+            area += x * v - u * y
+            keys[k] = (x << 32) + y  # sorted by x, then y; both are small and not below 0
+        _sort(keys[:size])
+        top = 0
+        for step in (1, -1):  # there along one side, back along the other
+            base = top
+            for k in range(size):
+                key = keys[k if step > 0 else size - 1 - k]
+                x, y = key >> 32, key & 0xFFFFFFFF
+                while top - base >= 2 and _turn(hull[top - 2], hull[top - 1], x, y) <= 0:
+                    top -= 1
+                hull[top, 0], hull[top, 1] = x, y
+                top += 1
+            top -= 1  # the last point begins the way back
+        around = 0
+        for k in range(top):
+            n = k + 1 if k + 1 < top else 0
+            around += hull[k, 0] * hull[n, 1] - hull[n, 0] * hull[k, 1]
+        lengths[i], solidities[i] = length, abs(area) / abs(around)
+        begin = ends[i]
+    return lengths, solidities
+
+
+@compiled
+def _turn(a: Longs, b: Longs, x: int, y: int) -> int:
+    """Above 0 where the way from a over b to (x, y) turns one way, below 0 where it turns the other."""
+    return int((b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0]))
+
+
+@compiled
+def _sort(keys: Longs) -> None:
+    if keys.size > FEW:
+        keys.sort()
+        return
+    for k in range(1, keys.size):
+        key, at = keys[k], k
+        while at > 0 and keys[at - 1] > key:
+            keys[at] = keys[at - 1]
+            at -= 1
+        keys[at] = key
+
+
 def polygons_px0(
     outlines: Outlines, labels: Ints, ids: Ints, first: Ints, read: Box, grid: Grid
 ) -> npt.NDArray[np.object_]:
@@ -218,3 +279,24 @@ def made_whole(labels: Ints, ids: Ints, boxes: Ints) -> Ints:
             place[pieces > 0] = 0
             place[ndimage.binary_fill_holes(pieces == 1 + sizes[1:].argmax())] = label
     return labels
+
+
+def to_wkb(polygons: npt.NDArray[np.object_]) -> pa.Array:
+    """Polygons without holes as well-known binary: as shapely writes it, at a sixth of its time."""
+    counts = shapely.get_num_coordinates(polygons)
+    points = np.ascontiguousarray(shapely.get_coordinates(polygons), "<f8").view(np.uint8).reshape(-1)
+    ends = np.cumsum(WKB_HEAD.size + 4 + 16 * counts)
+    out, offsets = np.empty(ends[-1] if ends.size else 0, np.uint8), np.append(0, ends).astype(np.int32)
+    _put_wkb(out, offsets, WKB_HEAD, counts.astype("<u4").view(np.uint8).reshape(-1, 4), points)
+    return pa.Array.from_buffers(pa.binary(), len(polygons), [None, pa.py_buffer(offsets), pa.py_buffer(out)])
+
+
+@compiled
+def _put_wkb(out: Bytes, offsets: Ints, head: Bytes, counts: Bytes, points: Bytes) -> None:
+    taken = 0
+    for i in range(offsets.size - 1):
+        at, rest = offsets[i] + head.size, offsets[i + 1] - offsets[i] - head.size - 4
+        out[offsets[i] : at] = head
+        out[at : at + 4] = counts[i]
+        out[at + 4 : at + 4 + rest] = points[taken : taken + rest]
+        taken += rest
