@@ -1,30 +1,37 @@
-"""Speed, memory and exactness of the nuclei stage on made-up maps, one core; the published way beside it.
+"""Speed, memory and exactness from maps to nuclei.parquet and GeoJSON, one core; the published way beside it.
 
     python benchmarks/nuclei.py                            a minute
     python benchmarks/nuclei.py --sizes 2048 4096 8192 16384
 
 Touching ellipses, about 4,700 on 2048 x 2048 px, with the HV map that they define, blurred and noisy. The last line
-is JSON.
+is JSON: processor time of everything but reading the maps, outlines, types, features and both files included.
 """
 
 import argparse
 import json
 import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from time import thread_time
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 from scipy import ndimage
 
 from wsipipe.config import NucleiConfig
-from wsipipe.features import BlockQC, nuclei_of_block
+from wsipipe.features import nuclei_of_block
+from wsipipe.geojson import write_geojson
 from wsipipe.geometry import Box, Grid, partition
 from wsipipe.instances import label_tile
 from wsipipe.maps import Maps
+from wsipipe.table import NucleiMeta, NucleiSpool
 from wsipipe.training.targets import hv_map
 
 PERIOD = 2048  # the maps repeat: a slide of any size costs the memory of this one
@@ -92,26 +99,56 @@ def draw_nuclei(rng: np.random.Generator) -> npt.NDArray[np.int32]:
     return labels
 
 
-def run(slide: MadeSlide, side: int, block: int, keep: bool = False) -> tuple[float, BlockQC, list[pa.RecordBatch]]:
-    """Seconds of the stage, reading not counted, and what it found."""
+@dataclass(frozen=True)
+class Result:
+    """What the stages took, reading not counted, and what came of it."""
+
+    seconds: dict[str, float]  # by part
+    nuclei: int
+    rows: pa.Table  # of nuclei.parquet
+    table: bytes
+
+    @property
+    def us(self) -> float:
+        """µs a nucleus, of all parts."""
+        return 1e6 * sum(self.seconds.values()) / self.nuclei
+
+
+def run(slide: MadeSlide, side: int, block: int) -> Result:
+    """From maps to nuclei.parquet and nuclei.geojson.gz, as the stages do it."""
     grid = Grid(side, side, 1.0, 1.0, MPP, MPP)
-    seconds, qc, batches = 0.0, BlockQC(), []
-    for core in partition(grid.box, block):
-        read = core.grown(CONFIG.halo_px).clipped(grid.box)
-        maps, rgb = slide.read(read)
-        begun = thread_time()
-        batch, of_block = nuclei_of_block(maps, read, core, grid, CLASSES, "made", rgb, CONFIG)
-        seconds += thread_time() - begun
-        qc += of_block
-        if keep:
-            batches.append(batch)
-    return seconds, qc, batches
+    meta = NucleiMeta("made", "made", side, side, None, grid, CLASSES, COLOURS, {}, CONFIG.model_dump(mode="json"), {})
+    seconds = dict.fromkeys(("blocks", "table", "GeoJSON"), 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "nuclei.parquet"
+        spool, cores = NucleiSpool(table, meta, {}), list(partition(grid.box, block))
+        for number, core in enumerate(cores):
+            read = core.grown(CONFIG.halo_px).clipped(grid.box)
+            maps, rgb = slide.read(read)
+            with clock(seconds, "blocks"):
+                nuclei, _ = nuclei_of_block(maps, read, core, grid, CLASSES, "made", rgb, CONFIG)
+                spool.add(number, nuclei)
+        with clock(seconds, "table"):
+            count = spool.finish(range(len(cores))).count
+        with clock(seconds, "GeoJSON"):
+            write_geojson(table, Path(folder) / "nuclei.geojson.gz")
+        return Result(seconds, count, pq.read_table(table), table.read_bytes())
 
 
-def seams(whole: list[pa.RecordBatch], parts: list[pa.RecordBatch]) -> dict[str, int]:
+@contextmanager
+def clock(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Processor time of all threads: what one core would take."""
+    begun = time.process_time()
+    yield
+    seconds[part] += time.process_time() - begun
+
+
+def seams(whole: Result, parts: Result) -> dict[str, int]:
     """Nuclei that blocks lose, add or change against one block; one that is there twice is added."""
-    one = {row["id"]: row for batch in whole for row in batch.to_pylist()}
-    many = [row for batch in parts for row in batch.to_pylist()]
+    if whole.table == parts.table:
+        return {"seam_missed": 0, "seam_extra": 0, "seam_changed": 0}
+    one = {row["id"]: row for row in whole.rows.to_pylist()}
+    many = parts.rows.to_pylist()
     found = {row["id"]: row for row in many}
     both = one.keys() & found.keys()
     changed = sum(one[i] != found[i] for i in both)
@@ -124,7 +161,7 @@ def run_published(slide: MadeSlide, side: int) -> tuple[float, int]:
     for core in partition(Box(0, 0, side, side), TILE):
         maps, _ = slide.read(core)
         offsets, kinds = np.float32(1 / 127) * maps.offsets, maps.types.argmax(0)
-        begun = thread_time()
+        begun = time.process_time()
         labels = label_tile(maps.nuclei > 127, offsets, MPP)
         for label in np.unique(labels)[1:]:
             mask = labels == label
@@ -134,7 +171,7 @@ def run_published(slide: MadeSlide, side: int) -> tuple[float, int]:
             cv2.moments(crop)
             np.unique(kinds[mask], return_counts=True)
             count += len(outline) > 2
-        seconds += thread_time() - begun
+        seconds += time.process_time() - begun
     return seconds, count
 
 
@@ -153,28 +190,29 @@ def main() -> None:
     run(slide, 256, 256)  # compiles
     before = peak_mb()
 
-    by_size = {}
+    by_size: dict[int, float] = {}
     for side in arguments.sizes:
-        results = [run(slide, side, arguments.block)[:2] for _ in range(arguments.repeats)]
-        seconds, qc = min(results, key=lambda result: result[0])
-        by_size[side] = 1e6 * seconds / qc.nuclei
-        print(f"{side:6d} px  {qc.nuclei:8d} nuclei  {seconds:8.2f} s  {by_size[side]:6.1f} us a nucleus", flush=True)
+        best = min((run(slide, side, arguments.block) for _ in range(arguments.repeats)), key=lambda result: result.us)
+        by_size[side] = best.us
+        parts = ", ".join(f"{part} {1e6 * seconds / best.nuclei:.1f}" for part, seconds in best.seconds.items())
+        print(f"{side:6d} px  {best.nuclei:8d} nuclei  {best.us:6.1f} us a nucleus: {parts}", flush=True)
     peak = peak_mb()
     print(f"peak {peak:.0f} MB, of which {before:.0f} MB libraries and the made slide")
 
     side = 2 * PERIOD
-    seconds, qc, whole = run(slide, side, side, keep=True)
-    print(f"{side} px in one block: {1e6 * seconds / qc.nuclei:.1f} us a nucleus")
-    differences = [seams(whole, run(slide, side, block, keep=True)[2]) for block in (509, 1024)]
+    whole = run(slide, side, side)
+    print(f"{side} px in one block: {whole.us:.1f} us a nucleus")
+    blocks = (509, 1024, arguments.block)
+    differences = [seams(whole, run(slide, side, block)) for block in blocks]
     seam = {key: sum(found[key] for found in differences) for key in differences[0]}
-    print(f"blocks of 509 and 1024 px against one of {side} px, {2 * qc.nuclei} nuclei: {seam}", flush=True)
+    print(f"blocks of {blocks} px against one of {side} px, {whole.nuclei} nuclei each: {seam}", flush=True)
 
     published_seconds, count = run_published(slide, PERIOD)  # the maps repeat: more would be the same
     published = 1e6 * published_seconds / count
     print(f"published way, tiles of {TILE} px: {count} nuclei, {published:.0f} us a nucleus")
     summary = {
         "us_per_nucleus": {str(side): round(us, 1) for side, us in by_size.items()},
-        "us_per_nucleus_4096": round(by_size.get(side, 1e6 * seconds / qc.nuclei), 1),
+        "us_per_nucleus_4096": round(by_size.get(side, whole.us), 1),
         "flatness": round(max(by_size.values()) / min(by_size.values()), 3),
         **seam,
         "peak_mb": round(peak),

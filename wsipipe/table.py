@@ -222,7 +222,7 @@ class NucleiSpool:
                 partial,
                 TABLE_SCHEMA,
                 compression="zstd",
-                compression_level=3,
+                compression_level=1,
                 use_dictionary=["type"],
                 write_page_checksum=True,
             ) as writer,
