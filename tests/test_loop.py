@@ -314,7 +314,7 @@ def test_training_starts_from_the_weights_of_a_vit(discs, tmp_path):
 def test_a_killed_process_goes_on_to_the_same_bits(discs, tmp_path):
     """With paths that are dropped at random, so that the draws within a step count too."""
     experiment = tmp_path / "experiment.yaml"
-    settings = config(discs, steps=12, validate_every=4, save_every=2, settings={"drop_path": 0.3}, tensorboard=False)
+    settings = config(discs, steps=30, batch_size=1, validate_every=10, save_every=2, settings={"drop_path": 0.3})
     experiment.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     command = [sys.executable, "-m", "wsipipe", "train", str(experiment), str(tmp_path / "killed")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -323,7 +323,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(discs, tmp_path):
         time.sleep(0.02)  # until it is under way; the assertions do not depend on how far it came
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(losses(tmp_path / "killed")) < 12, "it was killed before it was done"
+    assert len(losses(tmp_path / "killed")) < 30, "it was killed before it was done"
     train(load_experiment(experiment), tmp_path / "killed")
     train(load_experiment(experiment), tmp_path / "whole")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
