@@ -105,7 +105,7 @@ def test_fields_are_dense_apart_and_within_the_slide():
     crowds = [(2, 3), (2, 4), (19, 26), (3, 25), (18, 2), (21, 28), (10, 14)]
     for crowd in crowds:
         cells[crowd] = 100
-    fields = overlay._choose_fields(cells, grid)
+    fields = overlay.choose_fields(cells, grid)
     assert len(set(fields)) == 6
     for field in fields:
         assert field == field.clipped(grid.box)
@@ -116,20 +116,20 @@ def test_fields_are_dense_apart_and_within_the_slide():
 
 def test_the_density_of_an_even_slide_is_even_up_to_the_edge_of_the_tissue():
     meta = made_meta(8000, 6000)
-    view = overlay._View.of(meta, 800, 600)
+    view = overlay.View.of(meta, 800, 600)
     covered = np.zeros(view.box.shape, bool)
     covered[100:400, 200:600] = True
     per_pixel = 3000 * view.grid.pixel_um2 / 1e6
-    density = overlay._density(np.where(covered, per_pixel, 0.0), covered, view)
+    density = overlay.density_of(np.where(covered, per_pixel, 0.0), covered, view)
     assert np.allclose(density[covered], 3000)
     assert not density[~covered].any()
 
 
 def test_nuclei_are_counted_where_they_lie_batch_by_batch():
     meta = made_meta(4000, 3000)
-    view = overlay._View.of(meta, 400, 300)
+    view = overlay.View.of(meta, 400, 300)
     batches = [made_nuclei([[5, 5], [3995, 2995]]), made_nuclei([[2005, 1505], [2006, 1506], [-30, 9000]])]
-    by_pixel, by_field = overlay._count(meta, lambda: batches, view)
+    by_pixel, by_field = overlay.count_nuclei(meta, lambda: batches, view)
     assert by_pixel[0, 0] == 1
     assert by_pixel[-1, -1] == 1
     assert by_pixel[150, 200] == 2
@@ -142,8 +142,8 @@ def test_the_tissue_mask_is_laid_on_the_view_where_it_belongs():
     grid = Grid.over(6400, 6400, 0.25, 0.25, 8.0)
     mask = np.zeros(grid.box.shape, bool)
     mask[50:100, 100:150] = True
-    view = overlay._View.of(meta, 400, 400)
-    rows, columns = np.nonzero(overlay._on_view(TissueMask(mask, grid), view))
+    view = overlay.View.of(meta, 400, 400)
+    rows, columns = np.nonzero(overlay.tissue_on_view(TissueMask(mask, grid), view))
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (100, 200, 200, 300)
 
 
@@ -152,8 +152,8 @@ def test_the_tissue_mask_is_laid_on_the_view_where_it_belongs():
     [(1, 1, 1), (4.9, 2, 5), (5, 5, 5), (0.03, 0.02, 0.05), (99, 50, 100), (1234, 1000, 2000)],
 )
 def test_round_numbers_are_one_two_or_five(value, below, above):
-    assert overlay._nice(value) == pytest.approx(below)
-    assert overlay._nice(value, up=True) == pytest.approx(above)
+    assert overlay.nice(value) == pytest.approx(below)
+    assert overlay.nice(value, up=True) == pytest.approx(above)
 
 
 def test_names_in_any_script_are_drawn_without_complaint():

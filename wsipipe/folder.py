@@ -45,6 +45,10 @@ class ResultFolder:
     def overlay(self) -> Path:
         return self.path / "overlay.png"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
     def prepare(self) -> None:
         """Make the folder, and be sure before anything slow begins that files can be written to it.
 

@@ -41,14 +41,14 @@ UNTYPED = (0, 150, 170)  # nuclei of no type: a colour that H&E has not
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
+class View:
     """The part of the slide that is shown, and the pixels of the picture that show it."""
 
     grid: Grid
     box: Box
 
     @classmethod
-    def of(cls, meta: NucleiMeta, width: int, height: int) -> "_View":
+    def of(cls, meta: NucleiMeta, width: int, height: int) -> "View":
         """The slide, or the scanned part of it, as large as fits into `width` x `height`."""
         shown = meta.bounds or Box(0, 0, meta.width_px0, meta.height_px0)
         mpp_x0, mpp_y0 = meta.grid.mpp_x0, meta.grid.mpp_y0
@@ -83,7 +83,7 @@ def draw_overlay(meta: NucleiMeta, tissue: TissueMask, nuclei: Nuclei, read: Rea
     PIL.Image.Image
         RGB; some 2000 to 2700 px wide and 1300 high.
     """
-    beside, above = _View.of(meta, *BESIDE), _View.of(meta, *ABOVE)
+    beside, above = View.of(meta, *BESIDE), View.of(meta, *ABOVE)
     tall = beside.box.width * beside.box.height > above.box.width * above.box.height
     view = beside if tall else above
     height, width = view.box.shape
@@ -96,13 +96,13 @@ def draw_overlay(meta: NucleiMeta, tissue: TissueMask, nuclei: Nuclei, read: Rea
     picture = Image.new("RGB", (left + FIELDS_WIDTH + MARGIN, bottom + MARGIN), PAPER)
     draw = ImageDraw.Draw(picture)
 
-    counts, cells = _count(meta, nuclei, view)
-    covered = _on_view(tissue, view)
-    fields = _choose_fields(cells, meta.grid)
+    counts, cells = count_nuclei(meta, nuclei, view)
+    covered = tissue_on_view(tissue, view)
+    fields = choose_fields(cells, meta.grid)
     thumbnail = read(view.box, view.grid)
     _title(draw, meta, tissue.area_mm2, picture.width)
     _slide_map(picture, first, thumbnail, covered, view, fields, meta.grid)
-    _density_map(picture, second, thumbnail, covered, _density(counts, covered, view))
+    _density_map(picture, second, thumbnail, covered, density_of(counts, covered, view))
     for number, image in enumerate(_outlined(fields, meta, nuclei, read)):
         row, column = divmod(number, COLUMNS)
         at = left + column * (FIELD + FIELD_GAP), TOP + row * (FIELD + FIELD_GAP)
@@ -117,7 +117,7 @@ def draw_overlay(meta: NucleiMeta, tissue: TissueMask, nuclei: Nuclei, read: Rea
     return picture
 
 
-def _count(meta: NucleiMeta, nuclei: Nuclei, view: _View) -> tuple[Floats, Floats]:
+def count_nuclei(meta: NucleiMeta, nuclei: Nuclei, view: View) -> tuple[Floats, Floats]:
     """Nuclei by pixel of the view, and by field of the working grid."""
     shape = view.box.shape
     cells = math.ceil(meta.grid.height / FIELD), math.ceil(meta.grid.width / FIELD)
@@ -132,7 +132,7 @@ def _count(meta: NucleiMeta, nuclei: Nuclei, view: _View) -> tuple[Floats, Float
     return by_pixel, by_cell
 
 
-def _on_view(tissue: TissueMask, view: _View) -> npt.NDArray[np.bool_]:
+def tissue_on_view(tissue: TissueMask, view: View) -> npt.NDArray[np.bool_]:
     """The tissue mask in pixels of the view, its steps smoothed."""
     if tissue.mask.size == 0:
         return np.zeros(view.box.shape, bool)
@@ -151,7 +151,7 @@ def _on_view(tissue: TissueMask, view: _View) -> npt.NDArray[np.bool_]:
     return np.asarray(sampled >= 0.5)
 
 
-def _density(counts: Floats, covered: npt.NDArray[np.bool_], view: _View) -> Floats:
+def density_of(counts: Floats, covered: npt.NDArray[np.bool_], view: View) -> Floats:
     """Nuclei per mm² of tissue: both are smoothed alike, so the edge of the tissue is not paler."""
     sigma = min(max(SMOOTH_PX, SMOOTH_UM / view.grid.mpp), max(counts.shape) / 8)
 
@@ -163,7 +163,7 @@ def _density(counts: Floats, covered: npt.NDArray[np.bool_], view: _View) -> Flo
     return np.divide(smooth(np.where(covered, counts, 0)), area_mm2, out=np.zeros(counts.shape), where=covered)
 
 
-def _choose_fields(cells: Floats, grid: Grid) -> list[Box]:
+def choose_fields(cells: Floats, grid: Grid) -> list[Box]:
     """The densest field, then always the one that is both dense and far from those chosen; in reading order."""
     if not cells.any():
         return []
@@ -204,7 +204,7 @@ def _outlined(fields: list[Box], meta: NucleiMeta, nuclei: Nuclei, read: Reader)
                     ).astype(np.int32)
                     for shape in shapes[types == type_id]
                 ]
-                cv2.polylines(image, rings, True, _colour(meta, int(type_id)), OUTLINE, cv2.LINE_AA, shift=4)
+                cv2.polylines(image, rings, True, colour_of(meta, int(type_id)), OUTLINE, cv2.LINE_AA, shift=4)
     return images
 
 
@@ -213,11 +213,11 @@ def _slide_map(
     at: tuple[int, int],
     thumbnail: Rgb,
     covered: npt.NDArray[np.bool_],
-    view: _View,
+    view: View,
     fields: list[Box],
     grid: Grid,
 ) -> None:
-    image = _with_tissue_line(thumbnail, covered)
+    image = with_tissue_line(thumbnail, covered)
     picture.paste(Image.fromarray(image), at)
     draw = ImageDraw.Draw(picture)
     _frame(draw, at, covered.shape)
@@ -234,17 +234,31 @@ def _slide_map(
     _scale_bar(draw, (at[0] + max(view.box.width, LEAST_WIDTH), below + 24), view.grid.mpp_x, 120)
 
 
-def _density_map(
-    picture: Image.Image, at: tuple[int, int], thumbnail: Rgb, covered: npt.NDArray[np.bool_], density: Floats
-) -> None:
+def coloured_density(thumbnail: Rgb, covered: npt.NDArray[np.bool_], density: Floats) -> tuple[Rgb, float]:
+    """The density in colours over the slide in grey, with the tissue's outline, and what the top colour stands for.
+
+    That is 0 where there is no nucleus.
+    """
     # The scale ends where hardly any tissue is denser; but a few nuclei alone on a large slide are to be seen too.
-    top = _nice(max(np.quantile(density[covered], 0.995), density.max() / 4), up=True) if density.any() else 0.0
+    top = nice(max(np.quantile(density[covered], 0.995), density.max() / 4), up=True) if density.any() else 0.0
     shades = np.clip(density / (top or 1.0) * 255, 0, 255).astype(np.uint8)
     coloured = cv2.applyColorMap(shades, cv2.COLORMAP_VIRIDIS)[..., ::-1]
     grey = np.repeat(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
     pale = (255 - (255 - grey.astype(np.float64)) * 0.4).astype(np.uint8)
     blended = (coloured * 0.82 + grey * 0.18).astype(np.uint8)
-    image = _with_tissue_line(np.where(covered[..., None], blended, pale), covered)
+    return with_tissue_line(np.where(covered[..., None], blended, pale), covered), top
+
+
+def density_ramp(width: int, height: int) -> Rgb:
+    """The colours of `coloured_density`, from 0 on the left to the highest on the right."""
+    shades = np.linspace(0, 255, width).astype(np.uint8)[None].repeat(height, 0)
+    return np.ascontiguousarray(cv2.applyColorMap(shades, cv2.COLORMAP_VIRIDIS)[..., ::-1])
+
+
+def _density_map(
+    picture: Image.Image, at: tuple[int, int], thumbnail: Rgb, covered: npt.NDArray[np.bool_], density: Floats
+) -> None:
+    image, top = coloured_density(thumbnail, covered, density)
     picture.paste(Image.fromarray(image), at)
     draw = ImageDraw.Draw(picture)
     _frame(draw, at, covered.shape)
@@ -253,13 +267,12 @@ def _density_map(
     if not top:
         return
     width = min(max(covered.shape[1], LEAST_WIDTH), 480)
-    ramp = cv2.applyColorMap(np.linspace(0, 255, width).astype(np.uint8)[None].repeat(14, 0), cv2.COLORMAP_VIRIDIS)
-    picture.paste(Image.fromarray(np.ascontiguousarray(ramp[..., ::-1])), (at[0], below + 24))
+    picture.paste(Image.fromarray(density_ramp(width, 14)), (at[0], below + 24))
     for share, anchor in ((0.0, "l"), (0.5, "m"), (1.0, "r")):
         _write(draw, (at[0] + round(share * width), below + 58), f"{top * share:,.0f}", MUTED, 20, anchor)
 
 
-def _with_tissue_line(image: Rgb, covered: npt.NDArray[np.bool_]) -> Rgb:
+def with_tissue_line(image: Rgb, covered: npt.NDArray[np.bool_]) -> Rgb:
     lines, _ = cv2.findContours(covered.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     drawn = np.ascontiguousarray(image).copy()
     cv2.drawContours(drawn, lines, -1, TISSUE_LINE, 2, cv2.LINE_AA)
@@ -294,7 +307,7 @@ def _legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], meta: NucleiMeta, ar
         type_id = meta.class_names.index(name) if name in meta.class_names else 0
         share = f"{count / meta.count:.1%}" if meta.count else "-"
         density = f"{count / area_mm2:,.0f}" if area_mm2 > 0 else "-"
-        draw.rounded_rectangle((x + 2, middle - 12, x + 26, middle + 12), 5, _colour(meta, type_id))
+        draw.rounded_rectangle((x + 2, middle - 12, x + 26, middle + 12), 5, colour_of(meta, type_id))
         _write(draw, (x + 44, middle), name, INK, 26)
         for stop, value in zip(stops, (f"{count:,}", share, density), strict=True):
             _write(draw, (stop, middle), value, INK, 26, "r")
@@ -308,7 +321,7 @@ def _tag(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int) -
 
 def _scale_bar(draw: ImageDraw.ImageDraw, corner: tuple[int, int], pixel_um: float, longest: int) -> None:
     """A bar of a round length, at most `longest` px, on a white plate whose lower right is `corner`."""
-    length_um = _nice(longest * pixel_um)
+    length_um = nice(longest * pixel_um)
     bar = round(length_um / pixel_um)
     label = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
     plate = max(bar, round(_font(20).getlength(label))) + 20
@@ -323,14 +336,14 @@ def _frame(draw: ImageDraw.ImageDraw, at: tuple[int, int], shape: tuple[int, ...
     draw.rectangle((at[0] - 1, at[1] - 1, at[0] + shape[1], at[1] + shape[0]), outline=RULE)
 
 
-def _nice(value: float, *, up: bool = False) -> float:
+def nice(value: float, *, up: bool = False) -> float:
     """The next 1, 2 or 5 times a power of ten below `value`, or above it."""
     power = 10.0 ** math.floor(math.log10(value))
     steps = [power * step for step in (1, 2, 5, 10)]
     return min(step for step in steps if step >= value * (1 - 1e-9)) if up else max(s for s in steps if s <= value)
 
 
-def _colour(meta: NucleiMeta, type_id: int) -> tuple[int, int, int]:
+def colour_of(meta: NucleiMeta, type_id: int) -> tuple[int, int, int]:
     return meta.class_colours[type_id] if 0 < type_id < len(meta.class_colours) else UNTYPED
 
 

@@ -21,6 +21,7 @@ from wsipipe.slide import Slide
 from wsipipe.stages.export import make_export
 from wsipipe.stages.maps import MapsSummary, make_maps
 from wsipipe.stages.nuclei import NucleiRun, NucleiSummary
+from wsipipe.stages.report import make_report
 from wsipipe.stages.tissue import find_tissue, write_tissue
 from wsipipe.stages.workers import hired
 from wsipipe.table import NucleiMeta
@@ -69,7 +70,7 @@ def segment(
     WsipipeError
         If anything does not allow it; what is finished stays, and the same call goes on from there.
     """
-    with folder.claimed(slide, folder.tissue, folder.nuclei, folder.geojson):
+    with folder.claimed(slide, folder.tissue, folder.nuclei, folder.geojson, folder.report):
         clock = _Clock()
         tissue = find_tissue(slide, config.tissue, roi=roi, everywhere=everywhere)
         log.info("%s: %.2f mm² of tissue", slide.name, tissue.area_mm2)
@@ -96,6 +97,8 @@ def segment(
         clock.lap("nuclei")
         export = make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, form=form)
         clock.lap("export")
+        make_report(slide, folder, tissue, seconds=clock.laps)
+        clock.lap("report")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     summary = SegmentSummary(folder, export.files, nuclei.meta, tissue.area_mm2, maps, clock.laps, peak, nuclei.seams)
     write_record(
