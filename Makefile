@@ -3,11 +3,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench fuzz torture clean
+.PHONY: help demo test test-slurm lint bench fuzz torture clean
 
 help:  ## say what there is
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z]*\):.*  ## /  \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*  ## /  \1	/p' Makefile
 
 demo: $(READY)  ## find every nucleus of a small slide; results in demo/
 	$(VENV)/bin/wsipipe demo --out demo
@@ -15,9 +15,13 @@ demo: $(READY)  ## find every nucleus of a small slide; results in demo/
 test: $(READY)  ## run the tests
 	$(PY) -m pytest
 
+test-slurm: $(READY)  ## run two slides through a SLURM of its own; installs Debian's, needs root
+	@sh tests/slurm.sh $(PY) -m pytest -m slurm tests/test_slurm.py || { code=$$?; [ $$code = 77 ] || exit $$code; }
+
 lint: $(READY)  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/snakefmt --check Snakefile workflows
 	$(PY) -m mypy
 
 bench: $(READY)  ## measure: run every file of benchmarks/ in turn

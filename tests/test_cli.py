@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from dask.distributed import LocalCluster
 
 from wsipipe import cli
 from wsipipe.lease import Gpu
@@ -263,3 +264,17 @@ def test_the_demo_slide_can_be_had_alone(tmp_path, capfd, monkeypatch):
     code, said, _ = wsipipe(capfd, "demo", "--out", tmp_path / "demo", "--slide-only")
     assert (code, said) == (0, "")
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["demo.svs"]
+
+
+def test_the_nuclei_of_one_slide_can_be_found_by_a_dask_cluster(tiny, oracle, tmp_path, capfd):
+    out = ["-o", tmp_path / "out"]
+    for stage in (["tissue"], ["maps", "--model", oracle, "--device", "cpu"], ["nuclei", "--workers", "1"]):
+        assert wsipipe(capfd, stage[0], tiny.path, *out, *stage[1:])[0] == 0
+    table = tmp_path / "out" / "nuclei.parquet"
+    by_threads = table.read_bytes()
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address
+        assert "://" in address
+        code, said, _ = wsipipe(capfd, "nuclei", tiny.path, *out, "--scheduler", address, "--overwrite")
+    assert (code, "12 nuclei" in said) == (0, True)
+    assert table.read_bytes() == by_threads

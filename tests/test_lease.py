@@ -124,8 +124,15 @@ def test_a_device_that_is_named_needs_no_lease(monkeypatch):
         assert device == "cuda:1"
 
 
+def test_where_no_gpu_is_granted_it_is_the_cpu_and_loud(monkeypatch, caplog):
+    monkeypatch.setattr("wsipipe.lease.visible_gpus", lambda: TWO)
+    with granted("lease:0") as device:
+        assert device == "cpu"
+    assert "NO GPU WAS GRANTED" in caplog.text
+
+
 def test_a_lease_is_what_the_device_of_that_name_means(tmp_path, monkeypatch):
     monkeypatch.setenv("WSIPIPE_LEASES", str(tmp_path / "leases"))
     monkeypatch.setattr("wsipipe.lease.visible_gpus", lambda: TWO)
-    with granted("lease") as first, granted("lease") as second:
+    with granted("lease") as first, granted("lease:1") as second:
         assert (first, second) == ("cuda:0", "cuda:1")

@@ -24,7 +24,9 @@ SPLITS = {"pannuke": {"1": "123", "2": "213", "3": "321"}, "conic": {"1": None}}
 ROWS = (
     ["pannuke/cellvta-uni", "pannuke/cellvit-uni", "conic/cellvta-uni"]
     if MINI
-    else sorted(f"{p.parent.name}/{p.stem}" for d in SPLITS for p in (EXPERIMENTS / d).glob("*.yaml") if p.stem != "base")
+    else sorted(
+        f"{p.parent.name}/{p.stem}" for d in SPLITS for p in (EXPERIMENTS / d).glob("*.yaml") if p.stem != "base"
+    )
 )
 ROWS = str(config["experiments"]).split(",") if "experiments" in config else ROWS
 RUNS = [f"{row}/split{split}" for row in ROWS for split in SPLITS[row.split("/")[0]]]
@@ -65,10 +67,10 @@ rule tables:
         expand(f"{OUT}/scores/{{run}}/scores.json", run=RUNS),
     output:
         f"{OUT}/tables.md",
+    localrule: True
     params:
         scores=f"{OUT}/scores",
         published=EXPERIMENTS / "published.yaml",
-    localrule: True
     shell:
         "{WSIPIPE} table {params.scores} -o {output} --published {params.published}"
 
@@ -78,9 +80,9 @@ if MINI:
     rule draw:
         output:
             directory(f"{RAW}/{{data}}"),
+        localrule: True
         params:
             side=lambda wildcards: 64 if wildcards.data == "pannuke" else 256,
-        localrule: True
         shell:
             "{WSIPIPE} data miniature {wildcards.data} {output} --side {params.side}"
 
@@ -101,15 +103,15 @@ rule train:
         f"{OUT}/data/{{data}}",
     output:
         f"{OUT}/weights/{{data}}/{{experiment}}/split{{split}}.safetensors",
-    params:
-        experiment=lambda wildcards: EXPERIMENTS / wildcards.data / f"{wildcards.experiment}.yaml",
-        run=lambda wildcards: f"{OUT}/runs/{wildcards.data}/{wildcards.experiment}/split{wildcards.split}",
-        changes=changes,
     log:
         f"{OUT}/logs/train/{{data}}/{{experiment}}/split{{split}}.log",
     threads: 1 if MINI else 9
     resources:
         gpu=0 if MINI else 1,
+    params:
+        experiment=lambda wildcards: EXPERIMENTS / wildcards.data / f"{wildcards.experiment}.yaml",
+        run=lambda wildcards: f"{OUT}/runs/{wildcards.data}/{wildcards.experiment}/split{wildcards.split}",
+        changes=changes,
     shell:
         # The run's folder is no output: Snakemake would empty it where an interrupted run is to go on.
         "{WSIPIPE} train {params.experiment} {params.run} {params.changes} 2>> {log} && "
@@ -122,13 +124,13 @@ rule evaluate:
         data=f"{OUT}/data/{{data}}",
     output:
         f"{OUT}/scores/{{data}}/{{experiment}}/split{{split}}/scores.json",
-    params:
-        test_set=test_set,
-        protocol=protocol,
-        out=lambda wildcards, output: Path(output[0]).parent,
     log:
         f"{OUT}/logs/evaluate/{{data}}/{{experiment}}/split{{split}}.log",
     resources:
         gpu=0 if MINI else 1,
+    params:
+        test_set=test_set,
+        protocol=protocol,
+        out=lambda wildcards, output: Path(output[0]).parent,
     shell:
         "{WSIPIPE} evaluate {input.weights} {params.test_set} --protocol {params.protocol} -o {params.out} 2> {log}"

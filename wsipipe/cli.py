@@ -303,6 +303,36 @@ def compare(
 
 
 @app.command()
+def report(slide: SlidePath, out: Out = None, mpp: Mpp = None, unattended: Unattended = False) -> None:
+    """Show the results of SLIDE on one page, report.html."""
+    with _opened(slide, mpp) as opened, _claimed(out, opened, "report", wait=unattended) as folder:
+        from wsipipe.stages.report import make_report
+        from wsipipe.stages.tissue import read_tissue
+
+        path = make_report(opened, folder, read_tissue(folder.tissue, opened))
+    typer.echo(f"report: {path}")
+
+
+@app.command()
+def summary(
+    sheet: Annotated[Path, typer.Argument(help="slide sheet of a workflow")],
+    results: Annotated[Path, typer.Option("--results", help="folder of the slides' folders")] = Path("results"),
+    logs: Annotated[Path, typer.Option("--logs", help="folder of the slides' logs")] = Path("logs"),
+) -> None:
+    """Say how far every slide of SHEET came, in summary.tsv and summary.html."""
+    from wsipipe.cohort import read_sheet
+    from wsipipe.summary import write_summary
+
+    said = write_summary(read_sheet(sheet, check_files=False), results, logs)
+    states = [one.state for one in said]
+    told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    typer.echo(f"{len(said)} slides, {told}: {results / 'summary.html'}")
+    for one in said:
+        if one.state == "failed":
+            typer.echo(f"  {one.slide} failed at {one.stage}: {one.message}")
+
+
+@app.command()
 def info(slide: SlidePath, mpp: Mpp = None, model: Model = None, config: ConfigPath = None) -> None:
     """Say what SLIDE tells of itself, and what wsipipe would do with it."""
     settings = _settings(config)

@@ -18,8 +18,8 @@ MOST_YAML_BYTES = 1 << 18
 MOST_FAULTS = 20  # told at once
 
 
-class _Settings(BaseModel, frozen=True, extra="forbid"):
-    """Base of all settings: cannot change, refuses unknown keys."""
+class _Settings(BaseModel, frozen=True, extra="forbid", validate_default=True):
+    """Base of all settings: cannot change, refuses unknown keys; a default is the value that giving it would make."""
 
 
 class TissueConfig(_Settings):

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from wsipipe.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-LEASE = "lease"  # what --device says to ask for one
+LEASE = re.compile(r"lease(?::(\d+))?")  # what --device says to ask for one; with the number that a workflow grants
 PAUSE_S = 0.5  # between two looks whether a device has become free
 # Not TMPDIR, which schedulers set anew for every job: processes of one user on one machine must meet here.
 FOLDER = "/tmp/wsipipe-{user}"
@@ -60,12 +61,19 @@ def visible_gpus() -> list[Gpu]:
 
 @contextmanager
 def granted(device: str) -> Iterator[str]:
-    """The device that `--device` means, for this process: "lease" is one of its own, others are as named."""
-    if device == LEASE:
+    """The device that `--device` means, for this process: "lease" is one of its own, others are as named.
+
+    "lease:0" is the CPU, and loud: what `--resources gpu=0` comes to.
+    """
+    asked = LEASE.fullmatch(device)
+    if asked is None:
+        yield device
+    elif asked[1] == "0":
+        log.warning("NO GPU WAS GRANTED: running on the CPU, which takes many times as long")
+        yield "cpu"
+    else:
         with leased(visible_gpus()) as name:
             yield name
-    else:
-        yield device
 
 
 @contextmanager

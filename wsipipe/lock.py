@@ -72,3 +72,15 @@ class Lock:
                 return True
         self._file.close()
         return False
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process on this machine, or one whose locks this file system shows, holds the lock of `path`."""
+    try:
+        with path.with_name(path.name + ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
