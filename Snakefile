@@ -10,13 +10,17 @@ min_version("9.5")
 configfile: "configs/wsipipe.yaml"
 
 
+include: "workflows/rules/common.smk"
+
+
+# Not the summary alone: where slides failed it is there all the same, and they would not be tried again.
 rule all:
     input:
+        expand("results/{slide}/report.html", slide=cohort.slides),
         "results/summary.tsv",
         "results/summary.html",
 
 
-include: "workflows/rules/common.smk"
 include: "workflows/rules/summary.smk"
 include: "workflows/rules/demo.smk"
 include: "workflows/rules/tissue.smk"

@@ -96,7 +96,7 @@ def result_bytes(folder: Path) -> dict[str, bytes]:
 RUN_KEYS = ("command", "maps", "chunks", "chunks_before", "megapixels", "tiles")
 
 
-IN_SUITE: tuple[tuple[str, str], ...] = ()  # of the kills; each takes a minute or two, so they are slow together
+IN_SUITE = (("maps", "snakemake"),)  # of the kills; each takes a minute or two, so the others are slow together
 
 
 @pytest.fixture
