@@ -36,7 +36,7 @@ NUCLEI_SCHEMA = pa.schema(
     + [(name, pa.float32()) for name in _MEASURES]
     + [("geometry", pa.binary())]
 )
-UNTYPED = "nucleus"  # the type's name where the network tells none
+UNTYPED = "nucleus"  # the name of type 0: the network tells no types, or none of them here
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def describe_nuclei(
     -----
     id : UUIDv5 of the fingerprint and the centroid in tenths of a level-0 px.
     type : the class with the largest sum of NC over the pixels, never background if another has any;
-    `type_probability` is its mean NC. Without classes: id 0, "nucleus", null.
+    `type_probability` is its mean NC. If none has any: id 0, "nucleus". Without classes: id 0, "nucleus", null.
     probability : mean NP.
     x, y : mean of the pixels' centres.
     area : number of pixels. major and minor axis, eccentricity: of the ellipse with the same second moments.
@@ -218,7 +218,7 @@ def describe_nuclei(
         columns["hematoxylin_mean"], columns["eosin_mean"] = stains.T
     arrays = {name: pa.array(values[keep], NUCLEI_SCHEMA.field(name).type) for name, values in columns.items()}
     arrays["id"] = pa.array(_identities(fingerprint, place[keep]), pa.string())
-    names = np.array(class_names if type_probability is not None else [UNTYPED])
+    names = np.array([UNTYPED, *class_names[1:]])
     arrays["type"] = pa.array(names[type_id[keep]], pa.string())
     arrays["geometry"] = to_wkb(polygons[keep])
     missing = {name: pa.nulls(keep.size, pa.float32()) for name in NUCLEI_SCHEMA.names if name not in arrays}
