@@ -190,7 +190,7 @@ def main() -> None:
             results[f"{name} {px}"] = measure(name, px, arguments.batch, arguments.repeats)
     first = next(iter(results.values()))
     more = {"others": results} if len(results) > 1 else {}
-    print(json.dumps({**{key: round(value, 6) for key, value in {**first, **agreement}.items()}, **more}))
+    print(json.dumps({**{key: float(f"{value:.4g}") for key, value in {**first, **agreement}.items()}, **more}))
 
 
 if __name__ == "__main__":

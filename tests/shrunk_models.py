@@ -6,8 +6,6 @@ from typing import Any
 from wsipipe.model.registry import SPECS
 from wsipipe.model.spec import ModelSpec
 
-# Sides of a test image where 64 x 96 px will not do.
-SHOWN: dict[str, tuple[int, int]] = {}
 SMALL_BACKBONE = {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 4.0}
 
 
@@ -30,4 +28,19 @@ def shrunk(name: str) -> ModelSpec:
         settings |= {"stages": None, "prior_width": 8, "attention_heads": 4, "gamma": 0.1, "drop_path": 0.0}
     if spec.architecture == "cellvit":
         settings |= {"taps": [1, 2, 3, 4], "raised_widths": [16, 8]}
+    if spec.architecture == "hovernet":
+        settings["width"] = 8
+    if spec.architecture == "ciscnet":
+        settings["widths"] = [8, 8, 16, 16, 16]
+    if spec.architecture == "pointnu":
+        settings |= {"width": 8, "bottlenecks": 1, "modules": [1, 1, 1], "blocks": 1}
+        settings |= {"head_width": 8, "head_depth": 1, "pyramid_width": 8}
     return replace(spec, settings=settings)
+
+
+def shown_px(spec: ModelSpec) -> tuple[int, int]:
+    """Height and width of a small image that the network takes; not square."""
+    step, offset = spec.tile_step
+    least = 2 * spec.margin_px + 64
+    height = offset + step * (-(-(least - offset) // step))
+    return height, height + 32

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shrunk_models import SHOWN, shrunk
+from shrunk_models import shown_px, shrunk
 from torch import nn
 
 from wsipipe.model.attention import gather_levels, sample_levels
@@ -33,22 +33,23 @@ def trained_looking(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_prepared_network_gives_the_same_and_leaves_the_other_as_it_is(name):
-    network = trained_looking(name)
+    network, spec = trained_looking(name), shrunk(name)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     prepared = prepare_for_inference(network)
     with torch.inference_mode():
-        for sides in (SHOWN.get(shrunk(name).architecture, (64, 96)), SHOWN.get(shrunk(name).architecture, (32, 32))):
+        for sides in (shown_px(spec), (shown_px(spec)[0],) * 2):
             image = torch.randn(2, 3, *sides)
             plain, fast, again = network(image), prepared(image), prepared(image)
             assert plain.keys() == fast.keys()
             for key, value in plain.items():
-                torch.testing.assert_close(fast[key], value, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(fast[key], value, atol=1e-4 * max(1, value.abs().max().item()), rtol=1e-4)
                 assert torch.equal(fast[key], again[key])
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert all(weight.requires_grad for weight in network.parameters())
     assert not any(weight.requires_grad for weight in prepared.parameters())
     norms = [part for part in prepared.modules() if isinstance(part, nn.BatchNorm2d)]
-    assert len(norms) == ("cellvta" in name)  # that of the coarsest level, which three convolutions read
+    if spec.architecture in ("cellvta", "cellvit"):
+        assert len(norms) == ("cellvta" in name)  # that of the coarsest level, which three convolutions read
 
 
 @pytest.mark.parametrize("name", ["cellvta-nano", "cellvta-sam-b", "cellvit-256"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from shrunk_models import SHOWN, SMALL_BACKBONE, shrunk
+from shrunk_models import SMALL_BACKBONE, shown_px, shrunk
 from timm.layers import resample_abs_pos_embed
 
 from wsipipe.errors import ModelError
@@ -29,7 +29,13 @@ THEIRS = {
     "types": "nuclei_type_map",
     "tissue": "tissue_types",
 }
-FROZEN = {"cellvta": "encoder.vit.", "cellvit": "encoder.vit."}
+FROZEN = {
+    "cellvta": "encoder.vit.",
+    "cellvit": "encoder.vit.",
+    "hovernet": ("d1.", "d2.", "d3."),
+    "ciscnet": "encoderConv.",
+    "pointnu": "pretrained.",
+}
 MILLIONS: dict[str, float] = {
     "cellvta-uni": 387.77,
     "cellvta-uni-paper": 387.77,
@@ -47,6 +53,10 @@ MILLIONS: dict[str, float] = {
     "cellvit-sam-l": 367.85,
     "cellvit-sam-h": 699.74,
     "cellvit-uni": 362.93,
+    "hovernet-fast": 37.64,
+    "hovernet-original": 54.74,
+    "ciscnet": 34.18,
+    "pointnu-net": 161.35,
     "cellvta-nano": 1.36,
     "cellvta-tiny": 10.46,
     "cellvta-small": 40.11,
@@ -55,6 +65,21 @@ MILLIONS: dict[str, float] = {
 
 def check_answer(spec: ModelSpec, outputs, image) -> None:
     batch, _, *sides = image.shape
+    if spec.answer == "distances":
+        assert {key: tuple(value.shape) for key, value in outputs.items()} == {
+            "distances": (batch, len(spec.class_names), *sides)
+        }
+        return
+    if spec.answer == "points":
+        width, types = spec.settings["head_width"], len(spec.class_names) - 1
+        cells = [side // 4 for side in sides]
+        assert {key: tuple(value.shape) for key, value in outputs.items()} == {
+            "feature": (batch, width, *sides),
+            "kernel": (batch, width, *cells),
+            "category": (batch, types, *cells),
+        }
+        return
+    sides = [side - 2 * spec.margin_px for side in sides]
     tissue = {"tissue": (batch, 19)} if spec.settings.get("tissue_classes") else {}
     maps = {"nuclei": 2, "offsets": 2, "types": len(spec.class_names)}
     assert {key: tuple(value.shape) for key, value in outputs.items()} == {
@@ -66,7 +91,11 @@ def check_answer(spec: ModelSpec, outputs, image) -> None:
 def unread(spec: ModelSpec) -> set[str]:
     """What nothing reads: without a tissue head, the last norm, and the tokens that meet no block."""
     settings = spec.settings
-    found = set()
+    found: set[str] = set()
+    if spec.architecture in ("hovernet", "ciscnet"):
+        return found
+    if spec.architecture == "pointnu":
+        return {f"pretrained.last_layer.{place}.{kind}" for place in (0, 1) for kind in ("weight", "bias")}
     if not settings.get("tissue_classes") or not settings.get("tissue_normalised", True):
         found |= {"encoder.vit.norm.weight", "encoder.vit.norm.bias"}
     if not settings.get("tissue_classes") and spec.architecture == "cellvta" and settings.get("variant") != "paper":
@@ -198,7 +227,7 @@ def test_a_network_answers_as_described_and_batches_change_nothing(name):
     torch.manual_seed(0)
     spec = shrunk(name)
     network = build(spec).eval()
-    image = torch.randn(2, 3, *SHOWN.get(spec.architecture, (64, 96)))
+    image = torch.randn(2, 3, *shown_px(spec))
     with torch.inference_mode():
         outputs, again, single = network(image), network(image), network(image[1:])
     check_answer(spec, outputs, image)
@@ -215,7 +244,7 @@ def test_every_weight_of_a_network_learns_that_can(name):
     with torch.no_grad():  # what starts at 0 lets nothing through yet
         for weight in network.parameters():
             weight += 0.02 * torch.randn_like(weight)
-    outputs = network(torch.randn(2, 3, *SHOWN.get(spec.architecture, (64, 96))))
+    outputs = network(torch.randn(2, 3, *shown_px(spec)))
     sum(value.square().mean() for value in outputs.values()).backward()
     still = {key for key, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()}
     assert still == unread(spec) & dict(network.named_parameters()).keys()
@@ -230,7 +259,7 @@ def test_frozen_weights_stay_as_they_are(name):
     for key, weight in network.named_parameters():
         weight.requires_grad = not key.startswith(FROZEN[spec.architecture])
         (learning if weight.requires_grad else frozen).append((weight, weight.detach().clone()))
-    outputs = network(torch.randn(2, 3, *SHOWN.get(spec.architecture, (64, 96))))
+    outputs = network(torch.randn(2, 3, *shown_px(spec)))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     sum(value.square().mean() for value in outputs.values()).backward()
     optimizer.step()
@@ -248,7 +277,7 @@ def test_a_network_is_saved_and_loaded(tmp_path, name):
     network, path = build(spec).eval(), tmp_path / "x.safetensors"
     save_checkpoint(path, network, spec)
     loaded, read, _ = load_model(path)
-    image = torch.randn(1, 3, *SHOWN.get(spec.architecture, (64, 96)))
+    image = torch.randn(1, 3, *shown_px(spec))
     assert read == spec
     with torch.inference_mode():
         ours, theirs = network(image), loaded(image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from wsipipe.errors import ModelError
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 PANNUKE_CLASSES = ("background", "neoplastic", "inflammatory", "connective", "dead", "epithelial")
 PANNUKE_COLOURS = ((0, 0, 0), (255, 0, 0), (34, 221, 77), (35, 92, 236), (254, 255, 0), (255, 159, 68))
+CONIC_CLASSES = ("background", "neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective")
+CONIC_COLOURS = (*PANNUKE_COLOURS, (35, 255, 255))
 CONSEP_CLASSES = ("background", "other", "inflammatory", "epithelial", "spindle-shaped")
 CONSEP_COLOURS = ((0, 0, 0), (240, 200, 40), (40, 200, 80), (230, 50, 60), (60, 110, 240))
 
@@ -35,7 +38,31 @@ def _cellvit(**settings: Any) -> nn.Module:
     return CellViT(**settings)
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"cellvta": _cellvta, "cellvit": _cellvit}
+def _hovernet(**settings: Any) -> nn.Module:
+    from wsipipe.model.hovernet import HoverNet
+
+    return HoverNet(**settings)
+
+
+def _ciscnet(**settings: Any) -> nn.Module:
+    from wsipipe.model.ciscnet import CISCNet
+
+    return CISCNet(**settings)
+
+
+def _pointnu(**settings: Any) -> nn.Module:
+    from wsipipe.model.pointnu import PointNuNet
+
+    return PointNuNet(**settings)
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "cellvta": _cellvta,
+    "cellvit": _cellvit,
+    "hovernet": _hovernet,
+    "ciscnet": _ciscnet,
+    "pointnu": _pointnu,
+}
 
 
 def _small(name: str, tile_px: int, **settings: Any) -> ModelSpec:
@@ -197,10 +224,66 @@ def _family() -> list[ModelSpec]:
     ]
 
 
+def _convolutional() -> list[ModelSpec]:
+    """Networks without a transformer, for comparison."""
+    as_it_is = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    hovernet = "doi:10.1016/j.media.2019.101563; vqdang/hover_net"
+    fast = _pannuke(
+        "hovernet-fast",
+        "hovernet",
+        {"mode": "fast"},
+        source=f"{hovernet}, PanNuke",
+        licence="code MIT; weights from PanNuke: CC-BY-NC-SA-4.0",
+        scaling=as_it_is,
+    )
+    return [
+        replace(fast, halo_px=46, margin_px=46, tile_step=(8, 0)),
+        replace(
+            fast,
+            name="hovernet-original",
+            settings={"mode": "original"},
+            tile_px=270,
+            halo_px=95,
+            margin_px=95,
+            tile_step=(8, 6),
+            class_names=CONSEP_CLASSES,
+            class_colours=CONSEP_COLOURS,
+            source=f"{hovernet}, CoNSeP",
+            licence="code MIT; weights have terms of their own",
+        ),
+        replace(
+            _pannuke(
+                "ciscnet",
+                "ciscnet",
+                {},
+                source="Team-ciscNet/ciscNet-CoNIC-Challenge-2022, CoNIC",
+                licence="code MIT; weights have terms of their own",
+            ),
+            mpp=0.5,
+            class_names=CONIC_CLASSES,
+            class_colours=CONIC_COLOURS,
+            answer="distances",
+        ),
+        replace(
+            _pannuke(
+                "pointnu-net",
+                "pointnu",
+                {},
+                source="doi:10.1109/TETCI.2023.3281864; Kaiseem/PointNu-Net, PanNuke",
+                licence="code MIT; weights have terms of their own",
+            ),
+            halo_px=64,
+            tile_step=(32, 0),
+            answer="points",
+        ),
+    ]
+
+
 SPECS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
         *_family(),
+        *_convolutional(),
         _small(
             "cellvta-nano",
             512,

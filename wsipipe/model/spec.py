@@ -32,6 +32,12 @@ class ModelSpec:
         NC channels in order; 0 is background. Colours are RGB, 0 to 255.
     source, licence : str
         Paper, repository and commit or training data; terms of the weights.
+    margin_px : int
+        By how much the answer is smaller than what is shown, px on each side; the halo is at least that.
+    tile_step : (step, offset)
+        Sides that can be shown: `offset` px more than a multiple of `step`.
+    answer : str
+        Key of `wsipipe.model.answers.ANSWERS`: how an answer becomes maps.
     """
 
     name: str
@@ -47,6 +53,9 @@ class ModelSpec:
     source: str
     licence: str
     notes: dict[str, Any] = field(default_factory=dict)
+    margin_px: int = 0
+    tile_step: tuple[int, int] = (16, 0)
+    answer: str = "maps"
 
     def to_json(self) -> str:
         return json.dumps({"version": SPEC_VERSION, **asdict(self)}, sort_keys=True)
@@ -68,6 +77,7 @@ class ModelSpec:
                 std=(s0, s1, s2),
                 class_names=tuple(spec.class_names),
                 class_colours=colours,
+                tile_step=(spec.tile_step[0], spec.tile_step[1]),
             )
             spec._require_sense()
             return spec
@@ -87,6 +97,11 @@ class ModelSpec:
         sides = (self.tile_px, self.halo_px)
         if not all(type(side) is int for side in sides) or not 0 <= 2 * self.halo_px < self.tile_px <= MOST_TILE_PX:
             raise ValueError(f"tiles of {self.tile_px} px with a halo of {self.halo_px} px cannot be")
+        whole = all(type(value) is int and value >= 0 for value in (self.margin_px, *self.tile_step))
+        if not whole or self.tile_step[0] < 1 or self.margin_px > self.halo_px:
+            raise ValueError(f"a margin of {self.margin_px} px and sides in steps of {self.tile_step} cannot be")
+        if not isinstance(self.answer, str):
+            raise TypeError("the kind of answer must be a text")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean} and std {self.std} are no normalisation")
         names, colours = self.class_names, [value for colour in self.class_colours for value in colour]

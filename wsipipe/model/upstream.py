@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wsipipe.errors import ModelError
-from wsipipe.model.registry import PANNUKE_CLASSES, PANNUKE_COLOURS, SPECS
+from wsipipe.model.registry import CONIC_CLASSES, CONIC_COLOURS, PANNUKE_CLASSES, PANNUKE_COLOURS, SPECS
 from wsipipe.model.spec import ModelSpec
 
 State = Mapping[str, Tensor]
@@ -39,8 +39,6 @@ _SAM_ENCODER: Rules = [(r"^image_encoder\.", ""), (r"\.mlp\.lin([12])\.", r".mlp
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}  # of the ViTs in use; no shape tells it
 OUR_ENCODER = "encoder.vit."
 COUNTER = "num_batches_tracked"
-CONIC_CLASSES = ("background", "neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective")
-CONIC_COLOURS = (*PANNUKE_COLOURS, (35, 255, 255))
 
 
 def cellvta_key(theirs: str) -> str:
@@ -74,7 +72,7 @@ def recognise(content: Mapping[str, Any], name: str) -> tuple[ModelSpec, dict[st
     some = ", ".join(sorted(map(str, state))[:3]) or "nothing"
     raise ModelError(
         f"{name} holds no network that wsipipe knows: its {len(state)} tensors begin with {some}; expected are those "
-        "of CellVTA, CellViT, CellViT++ or HoVer-Net"
+        "of CellVTA, CellViT, CellViT++, HoVer-Net, CISCNet or PointNu-Net"
     )
 
 
@@ -227,11 +225,51 @@ def _cellvit(state: State, config: Mapping[str, Any], name: str) -> tuple[ModelS
     return _described(spec, config, _classes(state), name), weights
 
 
+def _hovernet(state: State, config: Mapping[str, Any], name: str) -> tuple[ModelSpec, dict[str, Tensor]]:
+    mode = "fast" if state["decoder.np.u3.conva.weight"].shape[-1] == 3 else "original"
+    classes = int(state["decoder.tp.u0.conv.weight"].shape[0]) if "decoder.tp.u0.conv.weight" in state else 1
+    base = SPECS[f"hovernet-{mode}"]
+    base = replace(base, settings={"mode": mode, "width": state["conv0./.weight"].shape[0]})
+    weights = {key: value for key, value in state.items() if key != "upsample2x.unpool_mat"}  # a constant
+    if classes == len(base.class_names):
+        return replace(base, name=name), weights
+    if (mode, classes) == ("fast", 5):  # as published for MoNuSAC
+        names = ("background", "epithelial", "lymphocyte", "macrophage", "neutrophil")
+        return replace(base, name=name, class_names=names, class_colours=PANNUKE_COLOURS[:5]), weights
+    return _described(base, config, classes, name), weights
+
+
+def _ciscnet(state: State, config: Mapping[str, Any], name: str) -> tuple[ModelSpec, dict[str, Tensor]]:
+    levels = _count(state, r"encoderConv\.(\d+)\.")
+    widths = [state[f"encoderConv.{level}.conv.0.weight"].shape[0] for level in range(levels)]
+    classes = 1 + int(state[f"decoderConv.{levels - 1}.weight"].shape[0])
+    spec = replace(SPECS["ciscnet"], settings={"widths": widths})
+    return _described(spec, config, classes, name), dict(state)
+
+
+def _pointnu(state: State, config: Mapping[str, Any], name: str) -> tuple[ModelSpec, dict[str, Tensor]]:
+    stages = (_count(state, rf"pretrained\.stage{stage}\.(\d+)\.") for stage in (2, 3, 4))
+    settings = {
+        "width": state["pretrained.transition1.0.0.weight"].shape[0],
+        "bottlenecks": _count(state, r"pretrained\.layer1\.(\d+)\."),
+        "modules": list(stages),
+        "blocks": _count(state, r"pretrained\.stage2\.0\.branches\.0\.(\d+)\."),
+        "head_width": state["heads.head_kernel.weight"].shape[1],
+        "head_depth": _count(state, r"heads\.cate_convs\.(\d+)\."),
+        "pyramid_width": state["jpfm_1.dilation1.0.weight"].shape[0],
+    }
+    classes = 1 + int(state["heads.head_cate.weight"].shape[0])
+    return _described(replace(SPECS["pointnu-net"], settings=settings), config, classes, name), dict(state)
+
+
 _Take = Callable[[State, Mapping[str, Any], str], tuple[ModelSpec, dict[str, Tensor]]]
 # By tensors that a project's files hold and those before it in the list do not.
 _PROJECTS: list[tuple[set[str], _Take]] = [
     ({"encoder.spm.stem.0.weight", "nuclei_type_maps_decoder.decoder0_header.2.weight"}, _cellvta),
-    ({"encoder.patch_embed.proj.weight", "nuclei_type_maps_decoder.decoder0_header.2.weight"}, _cellvit),
+    ({"encoder.patch_embed.proj.weight", "nuclei_type_maps_decoder.bottleneck_upsampler.weight"}, _cellvit),
+    ({"conv0./.weight", "decoder.np.u3.conva.weight"}, _hovernet),
+    ({"encoderConv.0.conv.0.weight", "pooling.0.conv_pool.0.weight"}, _ciscnet),
+    ({"pretrained.layer1.0.conv1.weight", "jpfm_1.dilation1.0.weight"}, _pointnu),
 ]
 
 

@@ -37,7 +37,8 @@ from wsipipe.device import (
 from wsipipe.errors import ConfigError, ModelError, StoreError, WsipipeError
 from wsipipe.folder import record_of, write_record
 from wsipipe.geometry import Box, Grid
-from wsipipe.maps import Maps, NetworkMaps, to_input, to_maps
+from wsipipe.maps import Maps, NetworkMaps, to_input
+from wsipipe.model.answers import maps_of
 from wsipipe.model.inference import prepare_for_inference
 from wsipipe.model.spec import ModelSpec
 from wsipipe.progress import Progress
@@ -285,7 +286,8 @@ class _Network:
     def _maps(self, batch: torch.Tensor) -> NetworkMaps:
         spec, geometry = self._meta.spec, self._meta.geometry
         pixels = to_input(batch, spec.mean, spec.std, device=self.device, dtype=self._dtype)
-        maps = to_maps(self._network(pixels), geometry.halo_px)
+        cut_px = geometry.halo_px - spec.margin_px
+        maps = maps_of(spec.answer, self._network(pixels), cut_px, max(1, len(spec.class_names)))
         got = (*maps.nuclei.shape[1:], maps.types.shape[1])
         if got != (geometry.core_px, geometry.core_px, max(1, len(spec.class_names))):
             raise ModelError(
@@ -441,9 +443,16 @@ def _geometry(spec: ModelSpec, config: MapsConfig) -> TileGeometry:
     tile_px = spec.tile_px if config.tile_px is None else config.tile_px
     halo_px = spec.halo_px if config.halo_px is None else config.halo_px
     try:
-        return TileGeometry(tile_px, halo_px, config.chunk_tiles)
+        geometry = TileGeometry(tile_px, halo_px, config.chunk_tiles)
     except ValueError as error:
         raise ConfigError(f"maps.tile_px and maps.halo_px: {error}") from error
+    step, offset = spec.tile_step
+    if (tile_px - offset) % step:
+        more = f" and {offset}" if offset else ""
+        raise ConfigError(f"maps.tile_px: {spec.name} takes sides of a multiple of {step}{more} px, not {tile_px}")
+    if halo_px < spec.margin_px:
+        raise ConfigError(f"maps.halo_px: {spec.name} answers {spec.margin_px} px less on each side, not {halo_px}")
+    return geometry
 
 
 def _blank(box: Box, types: int) -> Maps:

@@ -1,0 +1,77 @@
+"""What HoVer-Net, CISCNet and PointNu-Net minimise, as published. (B, C, H, W) in float32."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wsipipe.training.losses import cross_entropy, dice, offset_error, offset_gradient_error
+
+
+def hovernet_losses(output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of HoVer-Net's loss, whose plain sum is minimised.
+
+    `output` as the network gives it; `target`: `nuclei` (B, H, W) int64 of 0 and 1, `offsets` (B, 2, H, W), `types`
+    (B, H, W) int64, where the network has types.
+    """
+    nuclei = functional.one_hot(target["nuclei"], 2).movedim(-1, 1).float()
+    probability = output["nuclei"].softmax(1)
+    parts = {
+        "nuclei_cross_entropy": cross_entropy(probability, nuclei),
+        "nuclei_dice": dice(probability, nuclei),
+        "offsets_mse": offset_error(output["offsets"], target["offsets"]),
+        "offsets_gradient": offset_gradient_error(output["offsets"], target["offsets"], nuclei[:, 1:]),
+    }
+    if "types" in output:
+        types = functional.one_hot(target["types"], output["types"].shape[1]).movedim(-1, 1).float()
+        by_type = output["types"].softmax(1)
+        parts |= {"types_cross_entropy": cross_entropy(by_type, types), "types_dice": dice(by_type, types)}
+    return parts
+
+
+def distance_weight(target: Tensor, weight: float) -> Tensor:
+    """`weight` in nuclei and one pixel round them, else 1; of a target (B, 1, H, W)."""
+    near = functional.max_pool2d((target > 0).float(), 3, stride=1, padding=1)
+    return 1 + (weight - 1) * near
+
+
+def distance_loss(
+    output: Tensor,
+    target: Tensor,
+    factors: Sequence[float] = (1, 3, 1, 1, 3, 3, 1),
+    weights: Sequence[float] = (1, 2, 1, 1, 2, 2, 1),
+) -> Tensor:
+    """CISCNet's: smooth L1 of every channel, weighted in and round nuclei, mean over channels.
+
+    `factors` and `weights` as in the submission, where rare types count more.
+    """
+    losses = []
+    for channel, (factor, weight) in enumerate(zip(factors, weights, strict=True)):
+        of = slice(channel, channel + 1)
+        each = functional.smooth_l1_loss(output[:, of], target[:, of], reduction="none")
+        losses.append(factor * (distance_weight(target[:, of], weight) * each).mean())
+    return torch.stack(losses).mean()
+
+
+def point_focal_loss(category: Tensor, heat: Tensor) -> Tensor:
+    """PointNu-Net's for logits (B, C, h, w) of centres: CenterNet's focal loss over the number of centres."""
+    found, missed = functional.logsigmoid(category), functional.logsigmoid(-category)
+    probability = category.sigmoid()
+    positive = heat == 1
+    at_centres = (found * (1 - probability).square() * positive).flatten(1).sum(1)
+    elsewhere = (missed * probability.square() * (1 - heat) ** 4 * ~positive).flatten(1).sum(1)
+    centres = positive.flatten(1).sum(1)
+    return (-(at_centres + elsewhere) / centres.clamp(min=1)).mean()
+
+
+def point_mask_loss(feature: Tensor, kernel: Tensor, cells: Tensor, masks: Tensor) -> Tensor:
+    """PointNu-Net's for the masks of one image: 1 - Dice with smoothing 1, mean over nuclei.
+
+    `feature` (F, H, W), `kernel` (F, h, w), `cells` (N, 2) rows and columns, `masks` (N, H, W) of 0 and 1.
+    """
+    kernels = kernel[:, cells[:, 0], cells[:, 1]].T
+    probability = (kernels @ feature.flatten(1)).sigmoid()
+    true = masks.flatten(1).float()
+    overlap = (probability * true).sum(1)
+    return (1 - (2 * overlap + 1) / (probability.sum(1) + true.sum(1) + 1)).mean()
