@@ -13,6 +13,9 @@ if ! command -v slurmctld slurmd munged sbatch >/dev/null; then
     munge slurmctld slurmd slurm-client; } >/dev/null 2>&1 || skip "apt-get cannot install munge, slurmctld and slurmd"
 fi
 
+# Jobs ask for /etc/slurm: the environment that names another place does not reach them.
+[ ! -e /etc/slurm/slurm.conf ] || skip "this machine has a SLURM of its own"
+
 folder=$(mktemp -d /tmp/wsipipe-slurm-XXXXXX)
 chmod 755 "$folder"
 host=$(hostname -s)
@@ -54,15 +57,16 @@ end() {
     if [ -s "$folder/$daemon.pid" ]; then kill "$(cat "$folder/$daemon.pid")" 2>/dev/null || true; fi
   done
   sleep 1
-  rm -rf "$folder"
+  rm -rf "$folder" /etc/slurm/slurm.conf /etc/slurm/gres.conf
 }
 trap end EXIT
 
-export SLURM_CONF="$folder/slurm.conf"
+mkdir -p /etc/slurm
+cp "$folder/slurm.conf" "$folder/gres.conf" /etc/slurm/
 munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
   --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" || skip "munged does not start"
-slurmctld -f "$SLURM_CONF" || skip "slurmctld does not start"
-slurmd -f "$SLURM_CONF" || skip "slurmd does not start"
+slurmctld || skip "slurmctld does not start"
+slurmd || skip "slurmd does not start"
 for _ in $(seq 60); do
   if sinfo --noheader --format=%t 2>/dev/null | grep -q idle; then break; fi
   sleep 1
