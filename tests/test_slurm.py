@@ -23,7 +23,8 @@ def test_two_slides_take_one_gpu_job_and_one_cpu_job_each(workflow):  # noqa: F8
         str(SNAKEMAKE), "--snakefile", str(ROOT / "Snakefile"), "--configfile", "wsipipe.yaml",
         "--workflow-profile", str(ROOT / "workflows" / "profiles" / "slurm"), "--set-threads", "maps=1", "nuclei=1",
         "--set-resources", "maps:mem_mb=3000", "nuclei:mem_mb=3000", "--default-resources", "mem_mb=2000", "runtime=30",
-        "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "10",
+        "--slurm-no-account", "--slurm-status-command", "squeue",
+        "--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "10",
     ]  # fmt: skip
     said = subprocess.run(
         command, cwd=workflow.folder, env=workflow.environment, text=True, stdout=subprocess.PIPE,
