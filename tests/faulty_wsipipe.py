@@ -22,17 +22,15 @@ from wsipipe import cli, lease, store, summary, table
 from wsipipe.model import registry
 from wsipipe.stages import export, report
 
-STAGE = sys.argv[1]
-FAULTS = Path(os.environ["FAULTS"])
-
 
 def stop() -> None:
-    fault = FAULTS / STAGE
+    stage, faults = sys.argv[1], Path(os.environ["FAULTS"])
+    fault = faults / stage
     if not fault.exists():
         return
     how = fault.read_text()
     if how == "hold":
-        (FAULTS / f"{STAGE}-held").touch()
+        (faults / f"{stage}-held").touch()
         while fault.exists():
             time.sleep(0.05)
         return
@@ -62,19 +60,24 @@ def after(place: Any, name: str, times: int) -> None:
     setattr(place, name, counted)
 
 
-registry.ARCHITECTURES["oracle"] = ColourOracle
-lease.visible_gpus = lambda: [lease.Gpu("cpu", name) for name in ("GPU-one", "GPU-two")]
-match STAGE:
-    case "tissue":  # the mask is written and has not its name
-        after(store, "_to_disk", 2)
-    case "maps":
-        after(store.MapStore, "write_chunk", 3)
-    case "nuclei":
-        after(table.NucleiSpool, "add", 3)
-    case "export":  # the GeoJSON is there, the picture is not
-        after(export, "write_geojson", 1)
-    case "report":
-        after(report, "draw_report", 1)
-    case "summary":  # the table is there, the page is not
-        after(summary, "as_page", 1)
-cli.main()
+def main() -> None:
+    registry.ARCHITECTURES["oracle"] = ColourOracle
+    lease.visible_gpus = lambda: [lease.Gpu("cpu", name) for name in ("GPU-one", "GPU-two")]
+    match sys.argv[1]:
+        case "tissue":  # the mask is written and has not its name
+            after(store, "_to_disk", 2)
+        case "maps":
+            after(store.MapStore, "write_chunk", 3)
+        case "nuclei":
+            after(table.NucleiSpool, "add", 3)
+        case "export":  # the GeoJSON is there, the picture is not
+            after(export, "write_geojson", 1)
+        case "report":
+            after(report, "draw_report", 1)
+        case "summary":  # the table is there, the page is not
+            after(summary, "as_page", 1)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
