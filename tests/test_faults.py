@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,49 @@ def test_a_slide_that_is_lost_while_it_is_read_is_told_and_the_run_goes_on_when_
 
 def _stale():
     raise OSError(116, "Stale file handle")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts so many bytes at a folder, or makes them more."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(kilobytes: int, how: str = "") -> Path:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"{how}size={kilobytes}k", "tmpfs", str(place)],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip("a small disk needs the right to mount")
+        return place
+
+    yield mount
+    subprocess.run(["umount", str(place)], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("kilobytes", [20, 150])
+def test_a_disk_that_fills_ends_the_run_in_one_line_and_it_goes_on_with_more_room(
+    kilobytes, tiny, oracle, tmp_path, small_disk, monkeypatch, capfd
+):
+    from test_cli import wsipipe
+
+    monkeypatch.setattr("wsipipe.stages.maps.FREE_BYTES_PER_PX", 0)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process keeps its own
+    out = small_disk(kilobytes) / "out"
+    (tmp_path / "c.yaml").write_text("maps: {chunk_tiles: 2}")
+    command = ["-q", "segment", tiny.path, "--model", oracle, "-o", out, "--device", "cpu", "--precision", "fp32"]
+    code, _, err = wsipipe(capfd, *command, "--config", tmp_path / "c.yaml")
+    assert code == 1, "the disk was large enough; take a smaller one for this test"
+    assert [line for line in err.splitlines() if "no space left" in line or "cannot be written" in line]
+    assert "Traceback" not in err
+    assert not [name for name in ("segment.json", "overlay.png") if (out / name).exists()]
+    small_disk(20_000, "remount,")
+    code, _, err = wsipipe(capfd, *command, "--config", tmp_path / "c.yaml")
+    assert code == 0, err
+    wsipipe(capfd, *command[:5], "-o", tmp_path / "whole", *command[7:], "--config", tmp_path / "c.yaml")
+    assert results(out) == results(tmp_path / "whole")
 
 
 def test_a_chunk_that_is_removed_is_seen_and_no_table_is_written(tiny, oracle, tmp_path):

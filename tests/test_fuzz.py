@@ -1,0 +1,151 @@
+"""A short run of the fuzz harness, and the inputs that it found faults with."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wsipipe.config import load_config
+from wsipipe.errors import ConfigError, DataError, ModelError, SlideError
+from wsipipe.model.spec import ModelSpec
+from wsipipe.model.weights import load_model
+from wsipipe.slide import open_slide
+from wsipipe.training.config import load_experiment
+
+HARNESS = Path(__file__).with_name("fuzz.py")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="inputs are read in forked processes")
+def test_every_reader_refuses_damaged_files_or_answers_rightly(tmp_path):
+    command = [sys.executable, str(HARNESS), "--inputs", "400", "--first", "1000000", "--findings", str(tmp_path / "f")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["inputs"] >= 390
+    assert summary["refused"] > summary["answered"] > 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "t: 2001-99-99",  # a date that is none: ValueError
+        "{" * 900,  # RecursionError
+        "? [a, b]\n: 1",
+        "<<: [1]",
+        "tissue: !!python/object/apply:os.system ['touch hacked']",
+        "\x00",
+        "tissue:\n\tmpp: 1",
+        "a: &a [x,x]\nb: &b [*a,*a]\ntissue: {mpp: *b}",
+        "- " * 200_000,  # larger than any settings
+    ],
+)
+@pytest.mark.parametrize("load", [load_config, load_experiment])
+def test_yaml_that_is_none_is_refused_in_one_line(text, load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        load(path)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_tiff_whose_header_says_that_it_is_67_m_wide_is_refused_at_once(make_svs, tmp_path):
+    import tifffile
+
+    path = make_svs(tmp_path / "wide.svs", np.full((64, 96, 3), 200, np.uint8), levels=1, tile=(32, 32))
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["ImageWidth"].overwrite(268_435_552)
+    with pytest.raises(SlideError):
+        open_slide(path)
+
+
+def test_a_slide_wider_than_any_glass_is_refused_with_the_remedy(make_svs, tmp_path):
+    path = make_svs(tmp_path / "long.svs", np.full((1, 20_000, 3), 200, np.uint8), levels=1)
+    open_slide(path, 49.0).close()
+    with pytest.raises(SlideError, match=r"would be 102 x 0 cm large; it is damaged, .* pass --mpp"):
+        open_slide(path, 51.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mpp": "0.25"}, {"mpp": float("nan")}, {"mpp": None}, {"tile_px": 10**9}, {"tile_px": 512.0}, {"halo_px": 256},
+        {"std": [0, 1, 1]}, {"mean": ["a", 0, 0]}, {"class_names": [1, 2, 3, 4, 5]}, {"class_names": ["a"] * 5},
+        {"class_colours": [[0, 0, 0]]}, {"class_colours": [[300, 0, 0]] * 5}, {"name": "a\nb"}, {"settings": []},
+        {"architecture": ["cellvta"]}, {"notes": 1},
+    ],
+)  # fmt: skip
+def test_a_description_with_values_that_no_network_has_is_refused(change):
+    from wsipipe.model.registry import SPECS
+
+    values = json.loads(SPECS["cellvta-nano"].to_json())
+    ModelSpec.from_json(json.dumps(values))
+    with pytest.raises(ModelError):
+        ModelSpec.from_json(json.dumps(values | change))
+
+
+@pytest.mark.parametrize("change", [{"dim": 10**9}, {"depth": 10**6}, {"dim": 8192}, {"heads": 0}, {"dim": -1}])
+def test_a_header_that_lies_about_its_network_takes_no_memory(change, tmp_path):
+    from dataclasses import replace
+
+    from fuzz import TINY_SETTINGS
+
+    from wsipipe.model.registry import SPECS, build
+    from wsipipe.model.weights import save_checkpoint
+
+    spec = replace(SPECS["cellvta-nano"], name="tiny", settings=TINY_SETTINGS)
+    save_checkpoint(tmp_path / "x.safetensors", build(spec), replace(spec, settings={**TINY_SETTINGS, **change}))
+    with pytest.raises(ModelError):
+        load_model(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("content", ["pickle", "pth"])
+def test_a_pickle_that_would_run_something_is_refused_and_not_run(content, tmp_path, monkeypatch):
+    import pickle
+
+    import torch
+    from fuzz import Payload
+
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.pth"
+    if content == "pickle":
+        path.write_bytes(pickle.dumps(Payload()))
+    else:
+        torch.save({"model": Payload()}, path)
+    with pytest.raises(ModelError):
+        load_model(path)
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    "header", [b"{'descr': '|u1', 'shape': (", b"{'descr': '|u1', 'fortran_order': False, 'shape': (0, -1, 1, 3), }"]
+)
+def test_an_array_whose_header_is_no_header_is_refused(header, tmp_path):
+    from made_patches import write_set
+
+    from wsipipe.training.data import PatchSet
+
+    folder = write_set(tmp_path / "set", count=1, side=24)
+    text = header + b" " * (117 - len(header)) + b"\n"
+    (folder / "images.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(100))
+    with pytest.raises(DataError):
+        PatchSet.open(folder)
+
+
+def test_an_array_that_needs_pickle_is_refused_and_not_built(tmp_path, monkeypatch):
+    from fuzz import Payload
+    from made_patches import write_set
+
+    from wsipipe.training.data import PatchSet
+
+    monkeypatch.chdir(tmp_path)
+    folder = write_set(tmp_path / "set", count=1, side=24)
+    np.save(folder / "images.npy", np.array([Payload()], object), allow_pickle=True)
+    with pytest.raises(DataError, match="cannot be read as an array"):
+        PatchSet.open(folder)
+    assert not (tmp_path / "hacked").exists()
