@@ -13,7 +13,7 @@ from wsipipe.config import load_config
 from wsipipe.errors import ConfigError, DataError, ModelError, SlideError
 from wsipipe.model.spec import ModelSpec
 from wsipipe.model.weights import load_model
-from wsipipe.slide import open_slide
+from wsipipe.slide import Slide, open_slide
 from wsipipe.training.config import load_experiment
 
 HARNESS = Path(__file__).with_name("fuzz.py")
@@ -62,6 +62,14 @@ def test_a_tiff_whose_header_says_that_it_is_67_m_wide_is_refused_at_once(make_s
         tiff.pages[0].tags["ImageWidth"].overwrite(268_435_552)
     with pytest.raises(SlideError):
         open_slide(path)
+
+
+def test_a_level_larger_than_the_first_is_refused(tiny, monkeypatch):
+    class Reader:
+        name, vendor, properties, sizes = "drawn", "", {}, [(96, 64), (9600, 64)]
+
+    with pytest.raises(SlideError, match="is damaged: of its levels"):
+        Slide(str(tiny.path), Reader(), 0.25)
 
 
 def test_a_slide_wider_than_any_glass_is_refused_with_the_remedy(make_svs, tmp_path):

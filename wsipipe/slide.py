@@ -67,6 +67,10 @@ class Slide:
         self.name = _name(path)
         self.width_px0, self.height_px0 = reader.sizes[0]
         self.reader, self.vendor, self.properties = reader.name, reader.vendor, reader.properties
+        if any(min(size) < 1 or max(size) > max(reader.sizes[0]) for size in reader.sizes):
+            raise SlideError(
+                f"{path} is damaged: of its levels, {reader.sizes}, some are empty or larger than the first"
+            )
         self.levels = [(width, height, _downsample(reader.sizes[0], (width, height))) for width, height in reader.sizes]
         self.mpp_x0, self.mpp_y0, self.mpp_source = _resolution(path, reader, mpp)
         size_um = (self.width_px0 * self.mpp_x0, self.height_px0 * self.mpp_y0)
