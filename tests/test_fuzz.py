@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsipipe.config import load_config
-from wsipipe.errors import ConfigError, DataError, ModelError, SlideError
+from wsipipe.config import TissueConfig, load_config
+from wsipipe.errors import ConfigError, DataError, ModelError, SlideError, StoreError
 from wsipipe.model.spec import ModelSpec
 from wsipipe.model.weights import load_model
 from wsipipe.slide import Slide, open_slide
+from wsipipe.stages.tissue import make_tissue, read_tissue
 from wsipipe.training.config import load_experiment
 
 HARNESS = Path(__file__).with_name("fuzz.py")
@@ -62,6 +63,15 @@ def test_a_tiff_whose_header_says_that_it_is_67_m_wide_is_refused_at_once(make_s
         tiff.pages[0].tags["ImageWidth"].overwrite(268_435_552)
     with pytest.raises(SlideError):
         open_slide(path)
+
+
+def test_a_tissue_mask_with_a_chunk_of_no_name_is_refused(tiny, tmp_path):
+    path = tmp_path / "tissue.png"
+    with open_slide(tiny.path) as slide:
+        make_tissue(slide, path, TissueConfig())
+        path.write_bytes(path.read_bytes().replace(b"IDAT", b"\xff\xfe\x01\x02"))
+        with pytest.raises(StoreError, match="is no tissue mask"):
+            read_tissue(path, slide)
 
 
 def test_a_level_larger_than_the_first_is_refused(tiny, monkeypatch):

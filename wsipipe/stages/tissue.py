@@ -104,5 +104,5 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
         return TissueMask(mask, grid, None if region is None else shapely.from_wkt(region))
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist; make it with `wsipipe tissue`") from error
-    except (OSError, ValueError, TypeError, KeyError, shapely.errors.GEOSException) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, shapely.errors.GEOSException) as error:
         raise StoreError(f"{path} is no tissue mask of wsipipe ({error}); make it with `wsipipe tissue`") from error
