@@ -341,11 +341,11 @@ def test_a_slide_that_cannot_be_read_stops_the_run_and_names_the_place(tmp_path:
 def test_a_full_disk_stops_the_run_and_names_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
-    def write_chunk(store: MapStore, index: int, maps: Maps) -> None:
+    def write_chunk(store: MapStore, index: int, *rest: Any) -> None:
         written.append(index)
         if len(written) == 2:
             raise OSError(28, "No space left on device")
-        original(store, index, maps)
+        original(store, index, *rest)
 
     original = MapStore.write_chunk
     monkeypatch.setattr(MapStore, "write_chunk", write_chunk)
@@ -437,7 +437,7 @@ def test_the_summary_names_the_bottleneck(tmp_path: Path, caplog: pytest.LogCapt
             threading.Event().wait(0.2)
             return super().read(box, grid)
 
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="wsipipe"):
         summary = run(tmp_path / "maps.zarr", slide=SlowSlide(), readers=1, tissue=DrawnTissue([[1]]), progress=True)
     assert summary.bottleneck == "readers"
     assert summary.seconds_readers > 0.5 * summary.seconds

@@ -201,8 +201,8 @@ def test_a_worker_killed_on_the_way_costs_nothing_but_time(
         scheduler = running.scheduler
 
         def kill() -> None:
-            # one that has blocks in hand, so that these are lost with it
-            busy = next(worker for worker in running.workers.values() if _in_hand(scheduler, worker))
+            # the one that has most blocks in hand, so that these are lost with it
+            busy = max(running.workers.values(), key=lambda worker: _in_hand(scheduler, worker))
             killed.append(busy.pid)
             os.kill(busy.pid, signal.SIGKILL)
 

@@ -36,13 +36,18 @@ class Lock:
         self._place.parent.mkdir(parents=True, exist_ok=True)
         while not self._took(path):
             pass
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
+        except OSError:  # a full disk: nobody must wait for a lock that nobody has
+            self.release()
+            raise
 
     def release(self) -> None:
         self._place.unlink(missing_ok=True)
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written at first cannot be now
+            self._file.close()
 
     def _took(self, path: Path) -> bool:
         try:  # a link that somebody left here must not have us write elsewhere
