@@ -1,6 +1,7 @@
 """What several tests share: the tiny slide, drawn here, and the way to real data where it exists."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def write_svs(
                 tiff.write(np.ascontiguousarray(level[::8, ::8]), photometric="rgb", rowsperstrip=16, metadata=None)
             level = level[:h, :w].reshape(h // 2, 2, w // 2, 2, 3).mean((1, 3)).round().astype(np.uint8)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """A command that is called within a test sets what is logged; the next test must not notice."""
+    logger = logging.getLogger("wsipipe")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")
