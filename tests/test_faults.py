@@ -2,13 +2,13 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from comparable import without_run
 
 import wsipipe.slide
 from wsipipe.config import load_config
@@ -40,12 +40,8 @@ def run(path, out, model, **options):
 def results(out: Path) -> dict[str, bytes]:
     """All files but the records, and of the report what does not tell of the run."""
     kept = (file for file in out.rglob("*") if file.is_file() and not (file.parent == out and file.suffix == ".json"))
-    return {
-        str(file.relative_to(out)): re.sub(rb'<section id="run">.*?</section>', b"", file.read_bytes(), flags=re.S)
-        if file.suffix == ".html"
-        else file.read_bytes()
-        for file in kept
-    }
+    contents = {str(file.relative_to(out)): file.read_bytes() for file in kept}
+    return {name: without_run(content) if name.endswith(".html") else content for name, content in contents.items()}
 
 
 def failing(monkeypatch, fails) -> list[int]:

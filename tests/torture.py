@@ -24,6 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+from comparable import without_run
+
 STAGES = ("tissue", "maps", "nuclei", "export", "segment")
 OF_THE_RUN = (  # what a record tells of how long it took and how much was left to do
     "seconds", "seconds_network", "seconds_readers", "seconds_writer", "peak_mb", "megapixels", "tiles", "chunks",
@@ -149,6 +152,8 @@ class Bench:
                 if path.parent == self.out and path.suffix == ".json":
                     record = json.loads(content)
                     content = json.dumps({k: v for k, v in record.items() if k not in OF_THE_RUN}).encode()
+                elif path.suffix == ".html":
+                    content = without_run(content)
                 found[str(path.relative_to(self.out))] = content
         return found
 
@@ -206,7 +211,6 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
     # All that a run imports, so that a fork need not. No thread may start in this process.
     import numba  # noqa: F401
 
