@@ -134,7 +134,7 @@ class DeformableAttention(nn.Module):
         width = int(dim * ratio)
         if width % heads:
             raise ValueError(f"{heads} heads do not divide a value width of {width}")
-        self.heads, self.levels, self.points = heads, levels, points
+        self.heads, self.levels, self.points, self.head_width = heads, levels, points, width // heads
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value_proj = nn.Linear(dim, width)

@@ -26,6 +26,10 @@ from wsipipe.model.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
+# Values a head reads at a place. Gathering rows of 8, 12, 24 and 64 bf16 values takes a CPU 2.1, 1.8, 1.15 and 0.45
+# times as long as `grid_sample`.
+GATHERED_WIDTH = 32
+
 Conv = TypeVar("Conv", bound=nn.Conv2d | nn.ConvTranspose2d)
 
 
@@ -63,7 +67,8 @@ def prepare_for_inference(
         if isinstance(part, Encoder):
             part.remember_positions()
         elif isinstance(part, DeformableAttention):
-            part.gathers = device.type in ("cpu", "cuda")  # elsewhere a sum of rows is no single kernel
+            # Elsewhere a sum of rows is no single kernel.
+            part.gathers = device.type == "cuda" or (device.type == "cpu" and part.head_width >= GATHERED_WIDTH)
     prepared = prepared.requires_grad_(False).to(device, dtype).to(memory_format=torch.channels_last)
     return _Compiled(prepared) if compiled else prepared
 
