@@ -5,7 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wsipipe.config import MapsConfig
 from wsipipe.geometry import Box
+from wsipipe.model.registry import SPECS
+from wsipipe.model.spec import tile_geometry
 from wsipipe.tiles import TileGeometry, chunk_grid, tile_grid
 
 sides = st.integers(1, 700)
@@ -73,3 +76,9 @@ def test_chunks_do_not_overlap_and_start_at_multiples_of_their_side(width, heigh
 def test_a_tile_without_a_core_is_refused(tile, halo, chunk):
     with pytest.raises(ValueError, match="wider than twice its halo"):
         TileGeometry(tile, halo, chunk)
+
+
+@pytest.mark.parametrize(("tile_px", "halo_px", "chunk_px"), [(256, 32, 768), (512, 32, 1792), (1024, 64, 1792)])
+def test_chunks_are_four_tiles_wide_or_about_2000_px(tile_px, halo_px, chunk_px):
+    config = MapsConfig(tile_px=tile_px, halo_px=halo_px)
+    assert tile_geometry(SPECS["cellvta-tiny"], config).chunk_px == chunk_px

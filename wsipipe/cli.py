@@ -337,17 +337,14 @@ def info(slide: SlidePath, mpp: Mpp = None, model: Model = None, config: ConfigP
     """Say what SLIDE tells of itself, and what wsipipe would do with it."""
     settings = _settings(config)
     with _opened(slide, mpp) as opened:
+        from wsipipe.model.spec import tile_geometry
         from wsipipe.model.weights import DEFAULT_MODEL, find_checkpoint, read_spec
         from wsipipe.stages.tissue import find_tissue
-        from wsipipe.tiles import TileGeometry, chunk_grid
+        from wsipipe.tiles import chunk_grid
 
         spec = read_spec(find_checkpoint(model or DEFAULT_MODEL))
         grid, found = opened.grid(spec.mpp), find_tissue(opened, settings.tissue)
-        geometry = TileGeometry(
-            settings.maps.tile_px or spec.tile_px,
-            spec.halo_px if settings.maps.halo_px is None else settings.maps.halo_px,
-            settings.maps.chunk_tiles,
-        )
+        geometry = tile_geometry(spec, settings.maps)
         chunks = [len(tiles) for _, tiles in chunk_grid(grid.box, geometry, lambda core: found.meets(core, grid))]
         bounds = opened.bounds
         rows = {

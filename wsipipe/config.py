@@ -35,7 +35,9 @@ class MapsConfig(_Settings):
 
     tile_px: int | None = Field(None, gt=0, multiple_of=16, description="side the network sees, px")
     halo_px: int | None = Field(None, ge=0, description="context on each side of a tile, px")
-    chunk_tiles: int = Field(4, gt=0, description="tiles a side of a stored chunk")
+    chunk_tiles: int | None = Field(
+        None, gt=0, description="tiles a side of a stored chunk; 4, or as many as 2048 px hold if that is fewer"
+    )
 
 
 class NucleiConfig(_Settings):

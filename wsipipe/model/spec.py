@@ -5,10 +5,13 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from wsipipe.errors import ModelError
+from wsipipe.config import MapsConfig
+from wsipipe.errors import ConfigError, ModelError
+from wsipipe.tiles import TileGeometry
 
 SPEC_VERSION = 1
 MOST_TILE_PX = 8192
+CHUNK_TILES, CHUNK_PX = 4, 2048  # a chunk is of so many tiles a side, of fewer where it would be wider
 MOST_CLASSES = 255  # a type is stored as one byte
 
 
@@ -109,3 +112,27 @@ class ModelSpec:
             raise ValueError(f"{len(names)} class names with {len(self.class_colours)} colours do not fit")
         if not all(type(value) is int and 0 <= value <= 255 for value in colours):
             raise ValueError("colours must be whole numbers from 0 to 255")
+
+
+def tile_geometry(spec: ModelSpec, config: MapsConfig) -> TileGeometry:
+    """How slides are cut for a network, by its spec where the settings say nothing.
+
+    Raises
+    ------
+    ConfigError
+        If the network takes no tile of that side or halo.
+    """
+    tile_px = spec.tile_px if config.tile_px is None else config.tile_px
+    halo_px = spec.halo_px if config.halo_px is None else config.halo_px
+    chunk_tiles = config.chunk_tiles or max(1, min(CHUNK_TILES, CHUNK_PX // max(1, tile_px - 2 * halo_px)))
+    try:
+        geometry = TileGeometry(tile_px, halo_px, chunk_tiles)
+    except ValueError as error:
+        raise ConfigError(f"maps.tile_px and maps.halo_px: {error}") from error
+    step, offset = spec.tile_step
+    if (tile_px - offset) % step:
+        more = f" and {offset}" if offset else ""
+        raise ConfigError(f"maps.tile_px: {spec.name} takes sides of a multiple of {step}{more} px, not {tile_px}")
+    if halo_px < spec.margin_px:
+        raise ConfigError(f"maps.halo_px: {spec.name} answers {spec.margin_px} px less on each side, not {halo_px}")
+    return geometry

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from wsipipe.config import Config, MapsConfig, config_hash
+from wsipipe.config import Config, config_hash
 from wsipipe.device import (
     choose_batch_size,
     choose_device,
@@ -40,10 +40,10 @@ from wsipipe.geometry import Box, Grid
 from wsipipe.maps import Maps, NetworkMaps, to_input
 from wsipipe.model.answers import maps_of
 from wsipipe.model.inference import prepare_for_inference
-from wsipipe.model.spec import ModelSpec
+from wsipipe.model.spec import ModelSpec, tile_geometry
 from wsipipe.progress import Progress
 from wsipipe.store import MapStore, StoreMeta
-from wsipipe.tiles import Tile, TileGeometry, chunk_grid
+from wsipipe.tiles import Tile, chunk_grid
 
 if TYPE_CHECKING:
     from wsipipe.slide import Slide
@@ -139,7 +139,7 @@ def make_maps(
     network, spec, sha256 = model
     chosen = choose_device(device)
     arithmetic = choose_precision(precision, chosen)
-    geometry = _geometry(spec, config.maps)
+    geometry = tile_geometry(spec, config.maps)
     cpus = usable_cpus()
     readers = min(cpus, 2 if chosen.type == "cpu" else MOST_READERS) if readers is None else readers
     batch_size = choose_batch_size(chosen, geometry.tile_px, arithmetic) if batch_size is None else batch_size
@@ -437,22 +437,6 @@ class _Run:
         low, high = self._grid.to_px0([(seen.x0, seen.y0), (seen.x1, seen.y1)])
         around = Box(math.floor(low[0]), math.floor(low[1]), math.ceil(high[0]), math.ceil(high[1]))
         return [box for box in self._slide.unread if not box.clipped(around).is_empty]
-
-
-def _geometry(spec: ModelSpec, config: MapsConfig) -> TileGeometry:
-    tile_px = spec.tile_px if config.tile_px is None else config.tile_px
-    halo_px = spec.halo_px if config.halo_px is None else config.halo_px
-    try:
-        geometry = TileGeometry(tile_px, halo_px, config.chunk_tiles)
-    except ValueError as error:
-        raise ConfigError(f"maps.tile_px and maps.halo_px: {error}") from error
-    step, offset = spec.tile_step
-    if (tile_px - offset) % step:
-        more = f" and {offset}" if offset else ""
-        raise ConfigError(f"maps.tile_px: {spec.name} takes sides of a multiple of {step}{more} px, not {tile_px}")
-    if halo_px < spec.margin_px:
-        raise ConfigError(f"maps.halo_px: {spec.name} answers {spec.margin_px} px less on each side, not {halo_px}")
-    return geometry
 
 
 def _blank(box: Box, types: int) -> Maps:
