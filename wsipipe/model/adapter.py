@@ -21,18 +21,18 @@ def _conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]
 
 
 class SpatialPrior(nn.Module):
-    """Plain convolutions from (B, 3, H, W) to features at 1/2, and to D channels at 1/4, 1/8 and 1/16.
+    """Plain convolutions from (B, `channels`, H, W) to features at 1/2, and to D channels at 1/4, 1/8 and 1/16.
 
     `fc1`, which takes the first to D channels too, is left to the caller: it is linear, and so may be put together
     with what comes after.
     """
 
-    def __init__(self, width: int, dim: int) -> None:
+    def __init__(self, width: int, dim: int, channels: int = 3) -> None:
         super().__init__()
         p = width
         # The last stem convolution is linear: neither normalised nor rectified, as published.
         last = nn.Conv2d(p, p, 3, stride=2, padding=1, bias=False)
-        self.stem = nn.Sequential(*_conv_bn_relu(3, p), *_conv_bn_relu(p, p), *_conv_bn_relu(p, p), last)
+        self.stem = nn.Sequential(*_conv_bn_relu(channels, p), *_conv_bn_relu(p, p), *_conv_bn_relu(p, p), last)
         self.conv2 = nn.Sequential(*_conv_bn_relu(p, p), *_conv_bn_relu(p, 2 * p, 2))
         self.conv3 = nn.Sequential(*_conv_bn_relu(2 * p, 2 * p), *_conv_bn_relu(2 * p, 4 * p, 2))
         self.conv4 = nn.Sequential(*_conv_bn_relu(4 * p, 4 * p), *_conv_bn_relu(4 * p, 4 * p, 2))

@@ -32,10 +32,10 @@ class Skips(nn.Module):
     through the widths `raised`.
     """
 
-    def __init__(self, dim: int, widths: Widths, source: Source, raised: tuple[int, int]) -> None:
+    def __init__(self, dim: int, widths: Widths, source: Source, raised: tuple[int, int], channels: int) -> None:
         super().__init__()
         w0, w1, w2, w3 = widths
-        self.level0 = nn.Sequential(conv_block(3, w0 // 2), conv_block(w0 // 2, w0))
+        self.level0 = nn.Sequential(conv_block(channels, w0 // 2), conv_block(w0 // 2, w0))
         if source == "pyramid":
             self.level1 = nn.Sequential(conv_block(dim, w1), conv_block(w1, w1))
             self.level2 = nn.Sequential(conv_block(dim, w2), conv_block(w2, w2))
@@ -72,7 +72,10 @@ class Branch(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Skip features once, then the branches `nuclei` (2 channels), `offsets` (2) and `types` (one a class)."""
+    """Skip features once, then the branches `nuclei` (2 channels), `offsets` (2) and `types` (one a class).
+
+    If what it is shown are cells of `cell_px` px a side, a branch gives a value for every pixel of a cell.
+    """
 
     def __init__(
         self,
@@ -81,11 +84,14 @@ class Decoder(nn.Module):
         classes: int,
         source: Source = "pyramid",
         raised: tuple[int, int] = (512, 256),
+        cell_px: int = 1,
     ) -> None:
         super().__init__()
-        self.skips = Skips(dim, widths, source, raised)
+        self.skips = Skips(dim, widths, source, raised, 3 * cell_px**2)
         outputs = {"nuclei": 2, "offsets": 2, "types": classes}
-        self.branches = nn.ModuleDict({name: Branch(dim, widths, n, source) for name, n in outputs.items()})
+        self.branches = nn.ModuleDict(
+            {name: Branch(dim, widths, n * cell_px**2, source) for name, n in outputs.items()}
+        )
 
     def forward(self, image: Tensor, features: Pyramid) -> dict[str, Tensor]:
         skips = self.skips(image, features)

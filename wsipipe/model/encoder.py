@@ -203,6 +203,7 @@ def make_encoder(
     drop_path: float = 0.0,
     positions: Positions = "resampled",
     neck: bool = False,
+    channels: int = 3,
 ) -> Encoder:
     """An encoder with random weights.
 
@@ -219,6 +220,8 @@ def make_encoder(
         to the top left corner, as CellViT does with SAM's.
     neck : bool
         Keep the neck of SAM's encoders.
+    channels : int
+        Of the image; those of timm have 3.
 
     Raises
     ------
@@ -228,6 +231,7 @@ def make_encoder(
     if backbone is None:
         plain = VisionTransformer(
             patch_size=GRID_PX,
+            in_chans=channels,
             embed_dim=dim,
             depth=depth,
             num_heads=heads,
@@ -237,6 +241,8 @@ def make_encoder(
             num_classes=0,
         )
         return PlainViT(plain, positions)
+    if channels != 3:
+        raise ValueError(f"'{backbone}' takes RGB, not {channels} channels")
     layers = {"swiglu": SwiGLUPacked, "silu": nn.SiLU}
     settings: dict[str, Any] = {key: layers.get(str(value), value) for key, value in (backbone_settings or {}).items()}
     if backbone.startswith("samvit"):  # timm's default of 1e-5 is not what SAM was trained with
@@ -253,12 +259,12 @@ def make_encoder(
     raise ValueError(f"'{backbone}' is a {type(vit).__name__}, not a plain ViT")
 
 
-def grid_of(image: Tensor) -> Grid:
-    """Rows and columns of tokens of an image (B, 3, H, W). Raises ValueError unless 16 divides both sides."""
+def grid_of(image: Tensor, side: int = GRID_PX) -> Grid:
+    """Rows and columns of tokens of an image (B, C, H, W). Raises ValueError unless `side` divides both sides."""
     height, width = image.shape[2:]
-    if height % GRID_PX or width % GRID_PX:
-        raise ValueError(f"height and width must be multiples of {GRID_PX} px, not {height} x {width}")
-    return height // GRID_PX, width // GRID_PX
+    if height % side or width % side:
+        raise ValueError(f"height and width must be multiples of {side} px, not {height} x {width}")
+    return height // side, width // side
 
 
 def _patch_px(vit: VisionTransformer | Eva | VisionTransformerSAM) -> int:

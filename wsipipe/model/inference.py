@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from wsipipe.model.attention import DeformableAttention
 from wsipipe.model.cellvit import CellViT
-from wsipipe.model.cellvta import CellVTA
+from wsipipe.model.cellvta import CellVTA, to_cells, to_pixels
 from wsipipe.model.decoder import Branch, Decoder
 from wsipipe.model.encoder import Encoder
 
@@ -98,7 +98,7 @@ class _Compiled(nn.Module):
 class _FastDecoder(nn.Module):
     """Decoder without its skip features' first convolutions on a pyramid, which the caller computes.
 
-    The first convolutions of the three branches on one skip are one convolution of three times the channels.
+    A branch convolves a skip and what comes from below apart, and adds up.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -131,19 +131,18 @@ class _FastDecoder(nn.Module):
                     inward.append(joined)
                     skips.append(of_skip)
                 onward.append(sequence[1:] if stage == "head" else sequence[1:-1])
-            self.entries.append(_side_by_side(skips))
+            self.entries.append(nn.ModuleList(skips))
             self.inward.append(nn.ModuleList(inward))
             self.onward.append(nn.ModuleList(onward))
 
     def forward(self, skips: tuple[Tensor, ...], coarsest: Tensor) -> dict[str, Tensor]:
         states = [up(coarsest) for up in self.up4]
-        for entry, inward, onward, skip in zip(
-            self.entries, cast(Any, self.inward), cast(Any, self.onward), reversed(skips), strict=True
+        for entries, inward, onward, skip in zip(
+            cast(Any, self.entries), cast(Any, self.inward), cast(Any, self.onward), reversed(skips), strict=True
         ):
-            parts = entry(skip).chunk(len(states), dim=1)
             states = [
-                after(into(x).add_(part).relu_())
-                for after, into, x, part in zip(onward, inward, states, parts, strict=True)
+                after(into(x).add_(entry(skip)).relu_())
+                for after, into, entry, x in zip(onward, inward, entries, states, strict=True)
             ]
         return dict(zip(self.names, states, strict=True))
 
@@ -153,6 +152,7 @@ class _FastCellVTA(nn.Module):
 
     def __init__(self, network: CellVTA) -> None:
         super().__init__()
+        self.cell_px = network.cell_px
         encoder, skips = network.encoder, network.decoder.skips
         levels: list[Any] = [skips.level1, skips.level2, skips.level3]
         firsts = [_fused(level[0][0], level[0][1]) for level in levels]
@@ -168,14 +168,15 @@ class _FastCellVTA(nn.Module):
         self.decoder = _FastDecoder(network.decoder)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        stem, c2, c3, c4, seen, tissue = self.encoder.features(image)
+        cells = to_cells(image, self.cell_px)
+        stem, c2, c3, c4, seen, tissue = self.encoder.features(cells)
         skips = (
-            self.level0(image),
+            self.level0(cells),
             self.seconds[0](self.at_half(stem, c2, seen[0])),
             self.seconds[1](self.at_quarter(c2, seen[1])),
             self.seconds[2](self.at_eighth(c3, seen[2])),
         )
-        outputs: dict[str, Tensor] = self.decoder(skips, self.coarsest(c4 + seen[3]))
+        outputs: dict[str, Tensor] = to_pixels(self.decoder(skips, self.coarsest(c4 + seen[3])), self.cell_px)
         return outputs if tissue is None else {**outputs, "tissue": tissue}
 
 
@@ -366,11 +367,6 @@ def _split(conv: nn.Conv2d) -> tuple[nn.Conv2d, nn.Conv2d]:
     rest = _conv_of(second, torch.zeros_like(cast(Tensor, conv.bias)))
     rest.bias = None
     return _conv_of(first, cast(Tensor, conv.bias)), rest
-
-
-def _side_by_side(convs: list[nn.Conv2d]) -> nn.Conv2d:
-    """Convolutions of one input as one."""
-    return _conv_of(torch.cat([conv.weight for conv in convs]), torch.cat([cast(Tensor, conv.bias) for conv in convs]))
 
 
 def _raised(block: nn.Module) -> nn.Sequential:

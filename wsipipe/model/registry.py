@@ -65,15 +65,16 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _small(name: str, tile_px: int, **settings: Any) -> ModelSpec:
+def _small(name: str, tile_px: int, halo_px: int, cell_px: int = 1, **settings: Any) -> ModelSpec:
     """A CellVTA that is trained from scratch and runs on CPUs."""
     return ModelSpec(
         name=name,
         architecture="cellvta",
-        settings={"layer_scale": None, "gamma": 0.1, "drop_path": 0.0, **settings},
+        settings={"layer_scale": None, "gamma": 0.1, "drop_path": 0.0, "cell_px": cell_px, **settings},
         mpp=0.25,
         tile_px=tile_px,
-        halo_px=32,
+        halo_px=halo_px,
+        tile_step=(16 * cell_px, 0),
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         class_names=CONSEP_CLASSES,
@@ -286,7 +287,9 @@ SPECS: dict[str, ModelSpec] = {
         *_convolutional(),
         _small(
             "cellvta-nano",
-            512,
+            1024,
+            64,
+            cell_px=2,
             dim=64,
             depth=4,
             heads=4,
@@ -294,11 +297,12 @@ SPECS: dict[str, ModelSpec] = {
             prior_width=16,
             attention_heads=4,
             extra_extractors=0,
-            decoder_widths=[8, 16, 32, 64],
+            decoder_widths=[16, 32, 64, 96],
         ),
         _small(
             "cellvta-tiny",
             512,
+            32,
             dim=192,
             depth=12,
             heads=6,
@@ -311,6 +315,7 @@ SPECS: dict[str, ModelSpec] = {
         _small(
             "cellvta-small",
             512,
+            32,
             dim=384,
             depth=12,
             heads=6,
