@@ -366,6 +366,13 @@ Step = Annotated[
 ]
 
 
+def dyes_mixed(image: Array, mixing: Array) -> Array:
+    """The image as if its dyes were others: rows of `mixing` (3, 3) say what haematoxylin, eosin and DAB become."""
+    mix, unmix = _stain_matrices()
+    changed = cv2.transform(cv2.LUT(image, _DENSITY), (unmix @ mixing @ mix).T.astype(np.float32))
+    return _to_uint8(256 * cv2.exp(-changed) - 1)
+
+
 @cache
 def _stain_matrices() -> tuple[Array, Array]:
     """Dyes to RGB density and back: rows are haematoxylin, eosin, DAB."""

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from wsipipe.errors import DataError
 from wsipipe.training.data import FORMAT, UNKNOWN_TYPE, Patch, PatchSet
+from wsipipe.training.negatives import write_negatives
 
 log = logging.getLogger(__name__)
 
@@ -200,9 +201,12 @@ def _set_white(images: Array) -> None:
 def prepare_default(src: Path, dst: Path) -> dict[str, PatchSet]:
     """Patch sets of the default model, by name, in folders of `dst`; those that are there already are kept.
 
-    `src` holds the folders `consep`, `nuinsseg`, `tnbc_naylor`, `dsb2018_stained` and `nucls_mini`.
+    `src` holds the folders `consep`, `nuinsseg`, `tnbc_naylor`, `dsb2018_stained` and `nucls_mini`. To what they hold
+    comes `negatives`, pictures without nuclei.
     """
-    return {folder: prepare_masks(src / folder, dst / folder, about) for folder, about in DEFAULT_SETS.items()}
+    sets = {folder: prepare_masks(src / folder, dst / folder, about) for folder, about in DEFAULT_SETS.items()}
+    without = [sets[folder] for folder in ("consep", "nuinsseg", "tnbc_naylor")]
+    return {**sets, "negatives": write_negatives(dst / "negatives", without, CLASS_NAMES)}
 
 
 def _place_consep(i: int, stem: str) -> tuple[str, str]:
