@@ -92,7 +92,7 @@ def test_a_slide_wider_than_any_glass_is_refused_with_the_remedy(make_svs, tmp_p
 @pytest.mark.parametrize(
     "change",
     [
-        {"mpp": "0.25"}, {"mpp": float("nan")}, {"mpp": None}, {"tile_px": 10**9}, {"tile_px": 512.0}, {"halo_px": 256},
+        {"mpp": "0.25"}, {"mpp": float("nan")}, {"mpp": None}, {"tile_px": 10**9}, {"tile_px": 512.0}, {"halo_px": 512},
         {"std": [0, 1, 1]}, {"mean": ["a", 0, 0]}, {"class_names": [1, 2, 3, 4, 5]}, {"class_names": ["a"] * 5},
         {"class_colours": [[0, 0, 0]]}, {"class_colours": [[300, 0, 0]] * 5}, {"name": "a\nb"}, {"settings": []},
         {"architecture": ["cellvta"]}, {"notes": 1},
@@ -107,7 +107,9 @@ def test_a_description_with_values_that_no_network_has_is_refused(change):
         ModelSpec.from_json(json.dumps(values | change))
 
 
-@pytest.mark.parametrize("change", [{"dim": 10**9}, {"depth": 10**6}, {"dim": 8192}, {"heads": 0}, {"dim": -1}])
+@pytest.mark.parametrize(
+    "change", [{"dim": 10**9}, {"depth": 10**6}, {"dim": 8192}, {"heads": 0}, {"dim": -1}, {"cell_px": 64}]
+)
 def test_a_header_that_lies_about_its_network_takes_no_memory(change, tmp_path):
     from dataclasses import replace
 

@@ -328,7 +328,8 @@ SPECS: dict[str, ModelSpec] = {
 }
 
 
-MOST_BLOCKS, MOST_WIDTH = 256, 1 << 14  # four times what the largest networks have
+MOST_WIDTH = 1 << 14  # four times what the largest networks have
+MOST = {"depth": 256, "extra_extractors": 256, "cell_px": 16}
 
 
 def build(spec: ModelSpec) -> nn.Module:
@@ -343,7 +344,7 @@ def build(spec: ModelSpec) -> nn.Module:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ModelError(f"{spec.name}: architecture '{spec.architecture}' is unknown; known are {known}")
     for name, value in spec.settings.items():  # they may come with a file from elsewhere
-        most = MOST_BLOCKS if name in ("depth", "extra_extractors") else MOST_WIDTH
+        most = MOST.get(name, MOST_WIDTH)
         if isinstance(value, int | float) and not abs(value) <= most:
             raise ModelError(f"{spec.name}: {name} is {value!r}, no network has more than {most}")
     try:
