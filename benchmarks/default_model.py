@@ -5,7 +5,8 @@
 `--sets` holds the published sets as `wsipipe.training.prepare` wants them; by default a folder `shared/data` beside
 the project. Without it only what needs no data is measured. The last line is JSON: by set `bpq`, `dice`, `f1` (the
 first and the last at IoU > 0.5), means over the test images at their own resolution; `typed_f1`, the mean over the
-three large types of the F1 of detection on CoNSeP; `half_resolution_loss`, by how much bPQ falls on CoNSeP at twice
+three large types of the F1 of detection on CoNSeP; `calibration` of the types there (`ece`: the expected calibration
+error); `half_resolution_loss`, by how much bPQ falls on CoNSeP at twice
 the µm/px; `fp32_difference`, the largest change of the figures from the machine's precision to fp32; `false_per_mm2`,
 nuclei in pictures without any; `slide_s`, seconds of `wsipipe segment` for `--slide`, imports included.
 """
@@ -116,6 +117,7 @@ def main() -> None:
                 if patches.types is not None:
                     f1 = {kind: round(scores["types"][kind]["f1"], 4) for kind in LARGE_TYPES}
                     found["f1_by_type"], found["typed_f1"] = f1, round(float(np.mean(list(f1.values()))), 4)
+                    found["calibration"] = {key: round(value, 4) for key, value in scores["calibration"].items()}
                 print(f"{patches.name}, test: {found[name]}", flush=True)
                 exact = figures(evaluate(model, patches, "test", precision="fp32"))
                 differences += [abs(exact[key] - figures(scores)[key]) for key in NAMES]

@@ -41,6 +41,7 @@ app = typer.Typer(
 app.add_typer(cli_models.models, name="models")
 app.add_typer(cli_training.data, name="data")
 app.command()(cli_training.evaluate)
+app.command()(cli_training.calibrate)
 app.command()(cli_training.table)
 
 GO_ON = "run the same command again to go on where it stopped"

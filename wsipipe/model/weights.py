@@ -122,10 +122,19 @@ def convert(source: Path, out: Path) -> ModelSpec:
     return spec
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """What training noted in one of our checkpoints, or whoever changed it since. Raises ModelError if damaged."""
+    try:
+        notes: dict[str, Any] = json.loads(_header(path).get("wsipipe_notes", "{}"))
+    except ValueError as error:
+        raise ModelError(f"the notes in {path} are no JSON: {error}") from error
+    return notes
+
+
 def inspect(path: Path) -> dict[str, str]:
     """What a file of weights is, line by line. Raises ModelError as `load_model` does."""
     ours = _is_safetensors(path)
-    notes: dict[str, Any] = json.loads(_header(path).get("wsipipe_notes", "{}")) if ours else dict(read_pickle(path))
+    notes = read_notes(path) if ours else dict(read_pickle(path))
     network, spec = open_checkpoint(path)
     size = sum(weight.numel() for weight in network.parameters()) / 1e6
     rows = {

@@ -53,6 +53,31 @@ def evaluate(
     DataError
         If the split is empty, or the set names other types than the model.
     """
+    spec = model[1]
+    scores = score_images(model, patches, split, config, device=device, precision=precision, progress=progress)
+    return {
+        "data": patches.name,
+        "split": split,
+        "images": len(scores),
+        "mpp": patches.mpp,
+        "model": spec.name,
+        "weights_sha256": model[2],
+        "protocol": "clean; means over images, IoU > 0.5",
+        **summarise(scores, spec.class_names),
+    }
+
+
+def score_images(
+    model: tuple[nn.Module, ModelSpec, str],
+    patches: PatchSet,
+    split: Split,
+    config: Config | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: bool = False,
+) -> list[ImageScores]:
+    """Scores of every image of a split. Raises DataError as `evaluate` does."""
     spec, numbers = model[1], patches.of(split)
     if not len(numbers):
         raise DataError(f"{patches.folder} has no image in the split '{split}'")
@@ -64,16 +89,7 @@ def evaluate(
             found = segment_image(model, patches.images[number], patches.mpp, config or Config(), device, precision)
             scores.append(score_image(_truth(patches, number), found, len(spec.class_names), RADIUS_UM / patches.mpp))
             bar.advance()
-    return {
-        "data": patches.name,
-        "split": split,
-        "images": len(numbers),
-        "mpp": patches.mpp,
-        "model": spec.name,
-        "weights_sha256": model[2],
-        "protocol": "clean; means over images, IoU > 0.5",
-        **summarise(scores, spec.class_names),
-    }
+    return scores
 
 
 def segment_image(
@@ -99,19 +115,27 @@ def painted(table: Path, shape: tuple[int, ...]) -> TypedNuclei:
     """The outlines of a table on the pixels of level 0: those whose centre lies inside. Later nuclei go on top."""
     instance_map = np.zeros(shape, np.int32)
     types: list[int] = []
-    for rings, type_ids in _outlines(table):
+    certainties: list[float] = []
+    for rings, type_ids, of_types in _outlines(table):
+        certainties += of_types
         for ring, type_id in zip(rings, type_ids, strict=True):
             types.append(type_id)
             # Not OpenCV's: it also paints the pixels that the outline only touches.
             instance_map[draw.polygon(ring[:, 1] - 0.5, ring[:, 0] - 0.5, shape)] = len(types)
-    left = np.unique(instance_map)
-    return TypedNuclei(remap_label(instance_map), np.array(types, np.int64)[left[left > 0] - 1])
+    seen = np.unique(instance_map)
+    rows = seen[seen > 0] - 1
+    return TypedNuclei(
+        remap_label(instance_map),
+        np.array(types, np.int64)[rows],
+        certainties=np.array(certainties, np.float64)[rows],  # NaN where there is none
+    )
 
 
-def _outlines(table: Path) -> Iterator[tuple[list[npt.NDArray[np.float64]], list[int]]]:
-    for batch in read_nuclei(table, ["type_id", "geometry"])[1]:
+def _outlines(table: Path) -> Iterator[tuple[list[npt.NDArray[np.float64]], list[int], list[float]]]:
+    for batch in read_nuclei(table, ["type_id", "type_probability", "geometry"])[1]:
         polygons = shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False))
-        yield [shapely.get_coordinates(polygon) for polygon in polygons], batch["type_id"].to_pylist()
+        rings = [shapely.get_coordinates(polygon) for polygon in polygons]
+        yield rings, batch["type_id"].to_pylist(), batch["type_probability"].to_pylist()
 
 
 def _truth(patches: PatchSet, number: int) -> TypedNuclei:

@@ -41,21 +41,25 @@ class TypedNuclei:
         Type of every nucleus, in the order of the ids: 0 untyped, or `UNKNOWN_TYPE`. See `majority_types`.
     foreground : (H, W) bool, optional
         What Dice and Jaccard look at, if not the nuclei.
+    certainties : (N,) float, optional
+        Of a prediction: the probability it gives to the type of each nucleus.
 
     Raises
     ------
     ValueError
-        If there are more or fewer types than nuclei.
+        If there are more or fewer types or certainties than nuclei.
     """
 
     instance_map: IntMap
     types: Ints
     foreground: npt.NDArray[np.bool_] | None = None
+    certainties: Floats | None = None
 
     def __post_init__(self) -> None:
         nuclei = remap_label(self.instance_map).max(initial=0)
-        if self.types.shape != (nuclei,):
-            raise ValueError(f"types of shape {self.types.shape} are given for {nuclei} nuclei")
+        for name, values in (("types", self.types), ("certainties", self.certainties)):
+            if values is not None and values.shape != (nuclei,):
+                raise ValueError(f"{name} of shape {values.shape} are given for {nuclei} nuclei")
 
     @property
     def mask(self) -> npt.NDArray[np.bool_]:
@@ -74,6 +78,8 @@ class ImageScores:
         Pairs, missed, false alarms, sum of IoU.
     paired : (P, 2) int64
         Types of the true and the predicted nucleus of the pairs of centroids.
+    certainties : (P,) float64
+        What the prediction gave to its type, by pair; NaN where it does not say.
     missed, false_alarms : int64
         Types of nuclei whose centroids have no partner.
     """
@@ -86,6 +92,7 @@ class ImageScores:
     counts: Floats
     type_counts: Floats
     paired: Ints
+    certainties: Floats
     missed: Ints
     false_alarms: Ints
 
@@ -128,7 +135,9 @@ def score_image(
     found = (counts[:2] if published else counts[:3]).sum(0)
     type_found = (type_counts[:2] if published else type_counts[:3]).sum(0)
     overlap = dice(true.mask, predicted.mask)
-    paired, missed, false_alarms = _detected(_outlined(true) if published else true, predicted, radius_px, published)
+    paired, certainties, missed, false_alarms = _detected(
+        _outlined(true) if published else true, predicted, radius_px, published
+    )
     return ImageScores(
         dice=0.0 if published and np.isnan(overlap) else overlap,
         jaccard=jaccard(true.mask, predicted.mask),
@@ -138,6 +147,7 @@ def score_image(
         counts=counts,
         type_counts=type_counts,
         paired=paired,
+        certainties=certainties,
         missed=missed,
         false_alarms=false_alarms,
     )
@@ -174,20 +184,23 @@ def _counts(true: TypedNuclei, predicted: TypedNuclei, type_count: int, typed_on
     )
 
 
-def _detected(true: TypedNuclei, predicted: TypedNuclei, radius_px: float, dummies: bool) -> tuple[Ints, Ints, Ints]:
-    """Types of the nuclei whose centroids pair, and of those whose do not."""
+def _detected(
+    true: TypedNuclei, predicted: TypedNuclei, radius_px: float, dummies: bool
+) -> tuple[Ints, Floats, Ints, Ints]:
+    """Types and certainties of the nuclei whose centroids pair, and types of those whose do not."""
     true_at, true_types = centroids(true.instance_map), true.types
     predicted_at, predicted_types = centroids(predicted.instance_map), predicted.types
+    certainties = np.full(len(predicted_types), np.nan) if predicted.certainties is None else predicted.certainties
     if dummies and not true_types.size:
         true_at, true_types = np.zeros((1, 2)), np.zeros(1, np.int64)
     if dummies and not predicted_types.size:
-        predicted_at, predicted_types = np.zeros((1, 2)), np.zeros(1, np.int64)
+        predicted_at, predicted_types, certainties = np.zeros((1, 2)), np.zeros(1, np.int64), np.full(1, np.nan)
     pairs, missed, false_alarms = pair_centroids(true_at, predicted_at, radius_px)
     paired = np.column_stack([true_types[pairs[:, 0]], predicted_types[pairs[:, 1]]])
     false_alarm_types = predicted_types[false_alarms]
     if _only_unknown(true_types):
         false_alarm_types = np.full_like(false_alarm_types, UNKNOWN_TYPE)
-    return paired, true_types[missed], false_alarm_types
+    return paired, certainties[pairs[:, 1]], true_types[missed], false_alarm_types
 
 
 def _only_unknown(true_types: Ints) -> bool:
@@ -201,7 +214,8 @@ def _outlined(nuclei: TypedNuclei) -> TypedNuclei:
     for number, box in enumerate(ndimage.find_objects(index), start=1):
         outlines, _ = cv2.findContours((index[box] == number).astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
         kept[number] = len(outlines[0]) >= 3
-    return TypedNuclei(index * kept[index], nuclei.types[kept[1:]], nuclei.mask)
+    certainties = None if nuclei.certainties is None else nuclei.certainties[kept[1:]]
+    return TypedNuclei(index * kept[index], nuclei.types[kept[1:]], nuclei.mask, certainties)
 
 
 def summarise(
@@ -220,7 +234,8 @@ def summarise(
     -------
     dict
         `bPQ`, `bDQ`, `bSQ`, `mPQ`, `mDQ`, `mSQ`, `dice`, `jaccard`, `aji`: means over images (the m-scores: of the
-        mean over the types of an image). `detection`: F1, precision, recall over all images together. `pooled`: bPQ
+        mean over the types of an image). `detection`: F1, precision, recall over all images together. `calibration`,
+        where a prediction says how certain it is of its types: see `calibration_of`. `pooled`: bPQ
         and mPQ with all images counted as one (CoNIC's mPQ+). `types`: name to the same of each type. `tissues`:
         name to the means over its images; `tissue_mean`: mean over tissues, as PanNuke defines its bPQ and mPQ.
     """
@@ -229,6 +244,9 @@ def summarise(
     missed = np.concatenate([image.missed for image in scores])
     false_alarms = np.concatenate([image.false_alarms for image in scores])
     summary["detection"] = detection(len(paired), len(missed), len(false_alarms))._asdict()
+    certain = certain_pairs(scores)
+    if len(certain[0]):
+        summary["calibration"] = calibration_of(*certain)
     pooled = _pooled(np.sum([image.counts for image in scores], axis=0))
     type_pooled = _pooled(np.sum([image.type_counts for image in scores], axis=0))
     summary["pooled"] = {"bPQ": float(pooled[2]), "mPQ": _mean(type_pooled[2])}
@@ -253,6 +271,30 @@ def summarise(
             score: _mean(np.array([means[score] for means in summary["tissues"].values()])) for score in ("bPQ", "mPQ")
         }
     return summary
+
+
+def certain_pairs(scores: Sequence[ImageScores]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Certainty of the type, and whether it is right, for every detected nucleus whose true type is known."""
+    paired = np.concatenate([image.paired for image in scores])
+    certainties = np.concatenate([image.certainties for image in scores])
+    known = ~np.isnan(certainties) & (paired[:, 0] > 0) & (paired[:, 0] != UNKNOWN_TYPE)
+    return certainties[known], paired[known, 0] == paired[known, 1]
+
+
+def calibration_of(certainties: Floats, right: npt.NDArray[np.bool_], bins: int = 10) -> dict[str, float]:
+    """How far certainties (N,) in [0, 1] are from how often they are right.
+
+    `ece`: the expected calibration error, over equal bins (Guo et al. 2017, arXiv 1706.04599); `certainty` and
+    `accuracy`: their means; `nuclei`: N.
+    """
+    number = np.minimum((certainties * bins).astype(int), bins - 1)
+    gaps = np.bincount(number, certainties, bins) - np.bincount(number, right, bins)
+    return {
+        "ece": float(np.abs(gaps).sum() / len(right)),
+        "certainty": float(certainties.mean()),
+        "accuracy": float(right.mean()),
+        "nuclei": len(right),
+    }
 
 
 def _means(scores: Sequence[ImageScores]) -> dict[str, Any]:
