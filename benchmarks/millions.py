@@ -4,8 +4,8 @@
     python benchmarks/millions.py --full    100,000 x 100,000 px, 5 million nuclei; 10 minutes of a free core
 
 Made-up maps of benchmarks/nuclei.py on tissue that covers nearly half of the slide in islands. Every chunk of the maps
-is the same, so they are links to one file, and of blocks with the same surroundings one is worked on and the others
-are moved copies, unless --every is given. Each stage runs in a process of its own. The last line is JSON.
+is the same, so they are links to one file; every block is read and worked on. Each stage runs in a process of its own.
+The last line is JSON.
 """
 
 import argparse
@@ -22,22 +22,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import shapely
 from nuclei import CLASSES, COLOURS, MPP, PERIOD, MadeSlide, make_slide
 from scipy import ndimage
 
 from wsipipe.config import NucleiConfig
-from wsipipe.features import BlockQC, _identities
 from wsipipe.folder import ResultFolder
 from wsipipe.geometry import Box, Grid
 from wsipipe.model.spec import ModelSpec
-from wsipipe.outlines import to_wkb
 from wsipipe.slide import Slide
-from wsipipe.stages import nuclei as nuclei_stage
 from wsipipe.stages.compare import read_features
 from wsipipe.stages.export import make_export
-from wsipipe.stages.nuclei import Sources, find_nuclei, make_nuclei
+from wsipipe.stages.nuclei import make_nuclei
 from wsipipe.store import MapStore, StoreMeta
 from wsipipe.table import read_nuclei
 from wsipipe.tiles import TileGeometry
@@ -118,32 +113,6 @@ def link_chunk(store: MapStore, first: int, index: int) -> None:
         commits.write(f"{index} {store._sums[index]:08x}\n")
 
 
-class CopiedBlocks:
-    """`find_nuclei`, but once for all blocks with the same surroundings: the maps repeat from block to block."""
-
-    def __init__(self, side: int) -> None:
-        self._wanted, self._side = np.pad(islands(side), 1), side
-        self._known: dict[Any, tuple[Box, pa.RecordBatch, BlockQC]] = {}
-
-    def __call__(self, sources: Sources, core: Box, config: NucleiConfig) -> tuple[pa.RecordBatch, BlockQC]:
-        row, column = core.y0 // PERIOD, core.x0 // PERIOD
-        ends = [min(end - self._side, PERIOD) for end in (core.x1, core.y1)]  # the slide's edge, if it is near
-        starts = [min(start, PERIOD) for start in (core.x0, core.y0)]
-        key = (self._wanted[row : row + 3, column : column + 3].tobytes(), *starts, *ends)
-        if key not in self._known:
-            self._known[key] = core, *find_nuclei(sources, core, config)
-        first, nuclei, qc = self._known[key]
-        x, y = step_xy = core.x0 - first.x0, core.y0 - first.y0
-        columns = {name: nuclei[name] for name in nuclei.schema.names}
-        for name, step in (("x_px0", x), ("y_px0", y), ("x_um", x * MPP), ("y_um", y * MPP)):
-            columns[name] = pa.array(nuclei[name].to_numpy() + step)
-        outlines = shapely.from_wkb(nuclei["geometry"].to_numpy(zero_copy_only=False))
-        columns["geometry"] = to_wkb(shapely.transform(outlines, lambda xy: np.round(xy + np.array(step_xy), 1)))
-        places = np.stack([columns["x_px0"], columns["y_px0"]], axis=1)
-        columns["id"] = pa.array(_identities("made", places), pa.string())
-        return pa.record_batch(columns, nuclei.schema), qc
-
-
 def check(folder: ResultFolder) -> dict[str, Any]:
     """Every feature of the GeoJSON is there, in the order of the table, closed and finite, and nothing follows."""
     meta, batches = read_nuclei(folder.nuclei, ["id"])
@@ -161,7 +130,7 @@ def check(folder: ResultFolder) -> dict[str, Any]:
     return {"nuclei": count, "geojson_mb": round(folder.geojson.stat().st_size / 2**20)}
 
 
-def run_stage(stage: str, folder: ResultFolder, side: int, workers: int, every: bool) -> dict[str, Any]:
+def run_stage(stage: str, folder: ResultFolder, side: int, workers: int) -> dict[str, Any]:
     """One stage, and what it took."""
     begun, told = time.monotonic(), {}
     made = make_slide()
@@ -169,8 +138,6 @@ def run_stage(stage: str, folder: ResultFolder, side: int, workers: int, every: 
     if stage == "maps":
         make_store(folder.maps, side, made)
     elif stage == "nuclei":
-        if not every:
-            nuclei_stage.find_nuclei = CopiedBlocks(side)
         summary = make_nuclei(slide, folder.maps, folder.nuclei, NucleiConfig(), workers=workers)
         told = {"nuclei": summary.meta.count, "qc": summary.meta.qc, "seams": summary.seams and summary.seams.to_json()}
     elif stage == "export":
@@ -185,14 +152,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=12_288, help="of the slide, px")
     parser.add_argument("--full", action="store_true", help="100,000 px")
-    parser.add_argument("--every", action="store_true", help="work on every block: an hour more for --full")
     parser.add_argument("--workers", type=int, default=2, help="threads of the nuclei stage")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where the files go and stay; by default they are removed")
     arguments = parser.parse_args()
     side = 100_000 if arguments.full else arguments.side
     if arguments.stage:
-        told = run_stage(arguments.stage, ResultFolder(arguments.folder), side, arguments.workers, arguments.every)
+        told = run_stage(arguments.stage, ResultFolder(arguments.folder), side, arguments.workers)
         print(json.dumps(told))
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -200,7 +166,7 @@ def main() -> None:
         results = {}
         for stage in ("maps", "nuclei", "export", "check"):
             command = [sys.executable, __file__, "--side", str(side), "--stage", stage, "--folder", str(folder)]
-            command += ["--workers", str(arguments.workers), *(["--every"] if arguments.every else [])]
+            command += ["--workers", str(arguments.workers)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results[stage] = json.loads(output.splitlines()[-1])
             print(f"{stage:8}{results[stage]}", flush=True)
