@@ -2,6 +2,9 @@
 
 import csv
 import heapq
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +277,13 @@ def test_a_nucleus_of_drawn_maps_keeps_its_pixels() -> None:
     true = draw_ellipses((120, 140), [(40, 60, 14, 10, 0.3), (100, 50, 12, 12, 0)])
     labels = label_nuclei(exact_maps(true), 0.25, CONFIG)
     np.testing.assert_array_equal(without_names(labels), without_names(true))
+
+
+def test_eight_bits_lose_nothing_on_real_tissue_with_the_network_that_ships(shared_data):
+    sets = shared_data("consep").parent
+    command = [sys.executable, "benchmarks/eight_bits.py", "--images", "8", "--sets", str(sets)]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["images"] == 16
+    assert found["pq_floats"] > 0.2
+    assert found["loss"] < 0.002
