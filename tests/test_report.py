@@ -149,6 +149,20 @@ def test_what_is_unusual_is_marked(changes, facts, looks):
     assert ("Small" in {check.name for check in found}) == ("qc" in changes)
 
 
+def test_places_that_could_not_be_read_are_told_and_crossed_out_where_they_are():
+    places = (Box(0, 0, 1000, 750), Box(3600, 2700, 4100, 3100))  # the second reaches beyond the slide
+    page = report(facts=replace(FACTS, unread=places))
+    assert "2 places" in page
+    assert re.search(r"Look at: [^<]*unread", page)
+    crossed = re.findall(r'<path class="unread" d="M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)', page)
+    width, height = (float(n) for n in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', page).groups())
+    assert [tuple(map(float, one)) for one in crossed] == [
+        pytest.approx((0, 0, width / 4, height / 4), abs=1),
+        pytest.approx((0.9 * width, 0.9 * height, 0.1 * width, 0.1 * height), abs=1),
+    ]
+    assert 'unread"' not in report()
+
+
 def test_nuclei_of_an_unlikely_size_put_the_resolution_in_doubt():
     sizes = Sizes()
     sizes.add(np.full(50, 4.0), np.full(50, 0.9))

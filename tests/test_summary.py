@@ -12,7 +12,7 @@ from wsipipe.summary import SILENT, SlideSummary, as_page, as_table, summarise, 
 
 RECORDS = {
     "tissue.png": {"mm2": 2.0, "seconds": 1.0},
-    "maps.zarr": {"seconds": 10.5, "device": "cuda:1"},
+    "maps.zarr": {"seconds": 10.5, "device": "cuda:1", "unread_px0": [{"x0": 0}, {"x0": 1}]},
     "nuclei.parquet": {
         "nuclei": {"round": 30, "long": 10}, "qc": {"wide": 2}, "seams": {"shows": False}, "seconds": 4.0,
         "model": {"name": "m", "weights_sha256": "0123456789abcdef"}, "wsipipe": "0.1.0",
@@ -78,10 +78,10 @@ def test_the_table_has_a_line_a_slide_with_counts_densities_and_seconds(cohort):
         "group": "g", "state": "done", "tissue_mm2": "2.000000", "nuclei": "40", "nuclei_round": "30",
         "nuclei_long": "10", "nuclei_per_mm2": "20.0", "per_mm2_round": "15.0", "per_mm2_long": "5.0",
         "seconds_tissue": "1.0", "seconds_maps": "10.5", "seconds_report": "0.5", "seconds": "18.0", "too_large": "2",
-        "seams_show": "false", "device": "cuda:1", "model": "m 0123456789ab", "wsipipe": "0.1.0",
+        "unread": "2", "seams_show": "false", "device": "cuda:1", "model": "m 0123456789ab", "wsipipe": "0.1.0",
     }  # fmt: skip
     assert {key: whole[key] for key in expected} == expected
-    assert {rows[-1][key] for key in ("nuclei", "nuclei_round", "seconds", "tissue_mm2", "too_large")} == {""}
+    assert {rows[-1][key] for key in ("nuclei", "nuclei_round", "seconds", "tissue_mm2", "too_large", "unread")} == {""}
 
 
 def test_the_page_names_failures_first_and_links_what_is_there(cohort):

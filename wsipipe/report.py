@@ -62,6 +62,8 @@ class Facts:
         `SeamFigures.to_json`; empty where none were taken.
     dropped : int
         Nuclei that the GeoJSON leaves out.
+    unread : sequence of Box
+        Places at level 0 that could not be read and were taken for white.
     settings : dict of str to dict
         Section -> name -> value.
     run : dict of str to str
@@ -74,6 +76,7 @@ class Facts:
     focus: Focus
     seams: Mapping[str, Any] = field(default_factory=dict)
     dropped: int = 0
+    unread: Sequence[Box] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     run: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -139,6 +142,7 @@ def draw_report(meta: NucleiMeta, tissue: TissueMask, nuclei: Nuclei, read: Read
         per_mm2=meta.count / tissue.area_mm2 if tissue.area_mm2 else None,
         view={"width": view.box.width, "height": view.box.height, "bar": _scale_bar(view.grid.mpp_x, view.box.width)},
         thumbnail=_jpeg(with_tissue_line(thumbnail, covered)),
+        unread=[_on_view([(box.x0, box.y0), (box.x1, box.y1)], view) for box in facts.unread],
         density=_jpeg(density),
         ramp=_jpeg(density_ramp(256, 8)),
         top=top,
@@ -203,6 +207,16 @@ def checks(meta: NucleiMeta, tissue: TissueMask, sizes: Mapping[int, Sizes], fac
             "Wider than the halo lets blocks see whole; they may be cut or doubled. A larger nuclei.halo_px mends it.",
         ),
     ]
+    if facts.unread:
+        told.append(
+            Check(
+                "Unread",
+                f"{len(facts.unread):,} places",
+                "look",
+                "The slide could not be read there, so they were taken for white and hold no nuclei. "
+                "They are crossed out on the map.",
+            )
+        )
     if facts.seams:
         ratio, sd = facts.seams.get("density_ratio"), facts.seams.get("density_ratio_sd")
         said = (
@@ -300,8 +314,7 @@ def _fields(fields: Sequence[Box], meta: NucleiMeta, nuclei: Nuclei, read: Reade
                 found += _outlines(batch.take(pa.array(near)), meta, box)
     shown = []
     for box, found in zip(fields, outlines, strict=True):
-        corners = view.pixels(meta.grid.to_px0([(box.x0, box.y0), (box.x1, box.y1)]))
-        (x0, y0), (x1, y1) = np.clip(corners, 0, (view.box.width, view.box.height)).round(1).tolist()
+        corners = meta.grid.to_px0([(box.x0, box.y0), (box.x1, box.y1)])
         counts = {name: sum(one["type_id"] == type_id and one["inside"] for one in found)
                   for type_id, name in _named(meta, {one["type_id"] for one in found})}  # fmt: skip
         shown.append(
@@ -309,10 +322,17 @@ def _fields(fields: Sequence[Box], meta: NucleiMeta, nuclei: Nuclei, read: Reade
                 "image": _jpeg(read(box, meta.grid)),
                 "outlines": found,
                 "counts": {name: count for name, count in counts.items() if count},
-                "box": {"x": x0, "y": y0, "width": round(x1 - x0, 1), "height": round(y1 - y0, 1)},
+                "box": _on_view(corners, view),
             }
         )
     return shown
+
+
+def _on_view(corners_px0: npt.ArrayLike, view: View) -> dict[str, float]:
+    """Where a box between two corners at level 0 lies on the map, cut to it."""
+    corners = view.pixels(np.asarray(corners_px0, float))
+    (x0, y0), (x1, y1) = np.clip(corners, 0, (view.box.width, view.box.height)).round(1).tolist()
+    return {"x": x0, "y": y0, "width": round(x1 - x0, 1), "height": round(y1 - y0, 1)}
 
 
 def _outlines(rows: pa.RecordBatch, meta: NucleiMeta, box: Box) -> list[dict[str, Any]]:

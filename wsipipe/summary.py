@@ -36,6 +36,8 @@ class SlideSummary:
         Counts by type; None as long as they are not known.
     seconds : dict of str to float
         By stage, of those that have ended.
+    wide, unread : int or None
+        Nuclei too large for the halo; places of the slide that could not be read.
     """
 
     slide: str
@@ -47,6 +49,7 @@ class SlideSummary:
     nuclei: dict[str, int] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     wide: int | None = None
+    unread: int | None = None
     seams_show: bool | None = None
     device: str = ""
     model: str = ""
@@ -83,7 +86,8 @@ def as_table(summaries: Iterable[SlideSummary]) -> str:
     columns = [
         "slide", "group", "state", "failed_stage", "message", "tissue_mm2", "nuclei",
         *(f"nuclei_{name}" for name in types), "nuclei_per_mm2", *(f"per_mm2_{name}" for name in types),
-        *(f"seconds_{stage}" for stage in STAGES), "seconds", "too_large", "seams_show", "device", "model", "wsipipe",
+        *(f"seconds_{stage}" for stage in STAGES), "seconds", "too_large", "unread", "seams_show", "device",
+        "model", "wsipipe",
     ]  # fmt: skip
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
@@ -98,8 +102,8 @@ def as_table(summaries: Iterable[SlideSummary]) -> str:
                 *(_number(n / area if n is not None and area else None, 1) for n in counts),
                 *(_number(one.seconds.get(stage), 1) for stage in STAGES),
                 _number(sum(one.seconds.values()) if one.seconds else None, 1),
-                one.wide, "" if one.seams_show is None else str(one.seams_show).lower(), one.device, one.model,
-                one.version,
+                one.wide, one.unread, "" if one.seams_show is None else str(one.seams_show).lower(), one.device,
+                one.model, one.version,
             ]
         )  # fmt: skip
     return text.getvalue()
@@ -148,6 +152,7 @@ def _of_slide(name: str, group: str, folder: ResultFolder, logs: Path) -> SlideS
         nuclei=nuclei.get("nuclei"),
         seconds={stage: record["seconds"] for stage, record in records.items() if "seconds" in record},
         wide=nuclei.get("qc", {}).get("wide"),
+        unread=len(maps["unread_px0"]) if "unread_px0" in maps else None,
         seams_show=seams.get("shows"),
         device=maps.get("device", ""),
         model=f"{model['name']} {model['weights_sha256'][:12]}" if "weights_sha256" in model else "",

@@ -15,6 +15,7 @@ import wsipipe
 from wsipipe.errors import StoreError
 from wsipipe.focus import MPP, measure_focus
 from wsipipe.folder import ResultFolder, record_of, write_record
+from wsipipe.geometry import Box
 from wsipipe.report import Facts, draw_report
 from wsipipe.slide import Slide
 from wsipipe.store import finished
@@ -54,6 +55,7 @@ def make_report(
         focus=measure_focus(tissue, slide.grid(MPP), slide.read),
         seams=nuclei.get("seams", {}),
         dropped=records["export"].get("dropped", 0),
+        unread=[Box(**place) for place in maps.get("unread_px0", [])],
         settings={
             "tissue": tissue_record["config"],
             "maps": maps.get("config", {}).get("maps", {}),
