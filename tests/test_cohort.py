@@ -1,5 +1,6 @@
 """The slide sheet and the settings of a cohort: every fault in one message; options that change with results only."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_faults_of_settings_and_of_the_sheet_come_together(here):
 def test_the_options_of_a_stage_change_only_with_what_its_result_depends_on(here):
     sheet("slide\tpath\tmpp\troi\na\ta.svs\t0.5\tregions.geojson\n")
 
-    def options(**settings) -> dict[str, list[str]]:
+    def options(**settings) -> dict[str, str]:
         cohort = load_cohort({"slides": "slides.tsv", **settings})
         return {stage: cohort.options(stage, "a") for stage in ("tissue", "maps", "nuclei", "export", "report")}
 
@@ -153,9 +154,8 @@ def test_the_options_of_a_stage_change_only_with_what_its_result_depends_on(here
         return [stage for stage in before if now[stage] != before[stage]]
 
     before = options()
-    assert before["tissue"][:5] == ["a.svs", "--mpp", "0.5", "--roi", "regions.geojson"]
-    assert "--set" in before["nuclei"]
-    assert "nuclei.hv_scale=[-1.5, 0.9]" in before["nuclei"]
+    assert before["tissue"].startswith("a.svs --mpp 0.5 --roi regions.geojson --set tissue.")
+    assert " --set 'nuclei.hv_scale=[-1.5, 0.9]'" in before["nuclei"]
     assert changed(settings={"nuclei": {"np_threshold": 0.6}}) == ["nuclei"]
     assert changed(settings={"tissue": {"min_area_um2": 1}}) == ["tissue", "maps"]
     assert changed(settings={"maps": {"chunk_tiles": 2}}) == ["maps"]
@@ -165,6 +165,13 @@ def test_the_options_of_a_stage_change_only_with_what_its_result_depends_on(here
     assert changed(settings={"nuclei": {"np_threshold": 0.5}}) == []  # the default, spelled out
     with pytest.raises(ValueError, match="no stage"):
         load_cohort({"slides": "slides.tsv"}).options("dream", "a")
+
+
+def test_names_of_files_reach_a_command_as_they_are(here):
+    name = "a $HOME 'b'.svs"
+    (here / name).touch()
+    sheet(f"slide\tpath\na\t{name}\n")
+    assert shlex.split(load_cohort({"slides": "slides.tsv"}).options("report", "a")) == [name]
 
 
 def test_files_are_those_of_the_user_and_no_urls(here):
@@ -182,7 +189,12 @@ def test_the_options_of_a_stage_are_what_its_command_takes(here):
     sheet("slide\tpath\na\ta.svs\n")
     settings = {"nuclei": {"hv_scale": "tile", "np_threshold": 0.6}, "maps": {"tile_px": 256}}
     cohort = load_cohort({"slides": "slides.tsv", "settings": settings})
-    given = [part for stage in ("tissue", "maps", "nuclei") for part in cohort.options(stage, "a") if "=" in part]
+    given = [
+        part
+        for stage in ("tissue", "maps", "nuclei")
+        for part in shlex.split(cohort.options(stage, "a"))
+        if "=" in part
+    ]
     assert load_config(None, parse_overrides(given)) == Config.model_validate(settings)
 
 

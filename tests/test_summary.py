@@ -107,3 +107,16 @@ def test_a_torn_record_does_not_stop_the_summary(tmp_path):
     (tmp_path / "results" / "a" / "nuclei.parquet.json").write_text('{"nuclei": ')
     (one,) = summarise({"a": SlideRow(slide="a", path="x")}, tmp_path / "results", tmp_path / "logs")
     assert (one.state, one.count, one.tissue_mm2) == ("done", None, 2.0)
+
+
+def test_records_whose_output_a_failed_job_took_away_do_not_count(tmp_path):
+    results, logs = tmp_path / "results", tmp_path / "logs"
+    made(results / "a", *RECORDS)
+    for output in ("maps.zarr", "nuclei.parquet", "nuclei.geojson.gz", "report.html"):
+        (results / "a" / output).unlink()
+    logged(logs, "a", "maps", "wsipipe: the disk is full; make room\n")
+    (one,) = summarise({"a": SlideRow(slide="a", path="x")}, results, logs)
+    assert (one.state, one.stage, one.count, one.seconds) == ("failed", "maps", None, {"tissue": 1.0})
+    (results / "a" / "nuclei.parquet").touch()
+    (one,) = summarise({"a": SlideRow(slide="a", path="x")}, results, logs)
+    assert (one.count, one.seconds) == (40, {"tissue": 1.0, "maps": 10.5, "nuclei": 4.0})

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -68,10 +69,13 @@ class Cohort:
     ----------
     slides : dict of str to SlideRow
         By id, in the order of the sheet.
+    settings : dict of str to str
+        Section -> its settings as options of a command; kept, for they are the same for every slide.
     """
 
     slides: Mapping[str, SlideRow]
     config: CohortConfig
+    settings: Mapping[str, str]
 
     def files(self, slide: str) -> list[str]:
         """Files that the user gives for a slide: itself and its regions; a URL is no file."""
@@ -83,42 +87,35 @@ class Cohort:
         model = self._model(slide)
         return [model] if model is not None and Path(model).is_file() else []
 
-    def options(self, stage: str, slide: str) -> list[str]:
-        """Arguments of the command of a stage; only what changes its result, so that nothing else makes it run again.
+    def options(self, stage: str, slide: str) -> str:
+        """Arguments of the command of a stage, as a shell reads them; only what changes its result.
 
-        Settings are given as they are, not only where they differ from the defaults: with a wsipipe whose defaults
-        are others the arguments are others too.
+        So nothing else makes a stage run again. Settings are given as they are, not only where they differ from the
+        defaults: with a wsipipe whose defaults are others the arguments are others too.
         """
         row = self.slides[slide]
-        options = [row.path, *(["--mpp", str(row.mpp)] if row.mpp is not None else [])]
+        options = quote(row.path)
+        if row.mpp is not None:
+            options += f" --mpp {row.mpp}"
         match stage:
             case "tissue":
-                options += [*(["--roi", row.roi] if row.roi else []), *self._set("tissue")]
+                roi = f" --roi {quote(row.roi)}" if row.roi else ""
+                return options + roi + self.settings["tissue"]
             case "maps":
                 model = self._model(slide)
-                options += [*(["--model", model] if model else []), *self._set("tissue", "maps")]
+                model = f" --model {quote(model)}" if model else ""
+                return options + model + self.settings["tissue"] + self.settings["maps"]
             case "nuclei":
-                options += self._set("nuclei")
+                return options + self.settings["nuclei"]
             case "export":
-                options += ["--form", self.config.form]
+                return f"{options} --form {self.config.form}"
             case "report":  # takes no settings
-                pass
+                return options
             case _:
                 raise ValueError(f"no stage is called {stage}")
-        return options
 
     def _model(self, slide: str) -> str | None:
         return self.slides[slide].model or self.config.model
-
-    def _set(self, *sections: str) -> list[str]:
-        values = self.config.settings.model_dump(mode="json")
-        return [
-            part
-            for section in sections
-            for key, value in values[section].items()
-            if value is not None
-            for part in ("--set", f"{section}.{key}={json.dumps(value)}")
-        ]
 
 
 def load_cohort(config: Mapping[str, Any], made: Collection[str] = ()) -> Cohort:
@@ -151,7 +148,7 @@ def load_cohort(config: Mapping[str, Any], made: Collection[str] = ()) -> Cohort
         told.append(str(error))
     if told:
         raise ConfigError("\n".join(told))
-    return Cohort(slides, settings)
+    return Cohort(slides, settings, _as_options(settings.settings))
 
 
 def read_sheet(path: Path, made: Collection[str] = (), *, check_files: bool = True) -> dict[str, SlideRow]:
@@ -255,6 +252,17 @@ def _cell_fault(fault: Any) -> str:
     if column == "mpp":
         return f"mpp '{value}' is not a number from 0.05 to 10 (µm per pixel, with a decimal point)"
     return f"{column} '{value}': {str(fault['msg']).lower()}"
+
+
+def _as_options(settings: Config) -> dict[str, str]:
+    return {
+        section: "".join(
+            f" --set {quote(f'{section}.{key}={json.dumps(value)}')}"
+            for key, value in values.items()
+            if value is not None
+        )
+        for section, values in settings.model_dump(mode="json").items()
+    }
 
 
 def _is_url(path: str) -> bool:

@@ -133,13 +133,16 @@ def as_page(summaries: Iterable[SlideSummary]) -> str:
 
 def _of_slide(name: str, group: str, folder: ResultFolder, logs: Path) -> SlideSummary:
     state, stage, message = _state(folder, logs)
-    records = {
-        stage: _read(record_of(output))
-        for stage, output in (
-            ("tissue", folder.tissue), ("maps", folder.maps), ("nuclei", folder.nuclei), ("export", folder.geojson),
-            ("report", folder.report),
-        )
+    outputs = {
+        "tissue": folder.tissue, "maps": folder.maps, "nuclei": folder.nuclei, "export": folder.geojson,
+        "report": folder.report,
     }  # fmt: skip
+    # A record outlives its output where a job failed. Maps may have been deleted once their nuclei were found.
+    there = {stage: (output, folder.nuclei) if stage == "maps" else (output,) for stage, output in outputs.items()}
+    records = {
+        stage: _read(record_of(output)) if any(path.exists() for path in there[stage]) else {}
+        for stage, output in outputs.items()
+    }
     tissue, maps, nuclei = records["tissue"], records["maps"], records["nuclei"]
     model, seams = nuclei.get("model", {}), nuclei.get("seams", {})
     return SlideSummary(

@@ -1,4 +1,7 @@
 # What the rules share: the checked cohort, and the arguments of each stage's command.
+#
+# Each stage also writes a record beside its output, <output>.json. Rules do not declare it: it comes and goes with its
+# output, and every file that a rule declares costs the plan of ten thousand slides a second or two.
 import gc
 from pathlib import Path
 

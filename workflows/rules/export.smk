@@ -4,7 +4,6 @@ rule export:
         nuclei="results/{slide}/nuclei.parquet",
     output:
         geojson="results/{slide}/nuclei.geojson.gz",
-        record="results/{slide}/nuclei.geojson.gz.json",
         picture="results/{slide}/overlay.png",
     log:
         "logs/{slide}/export.log",
@@ -15,4 +14,4 @@ rule export:
     params:
         options=export_options,
     shell:
-        "wsipipe export {params.options:q} --out results/{wildcards.slide} --unattended > {log} 2>&1"
+        "wsipipe export {params.options} --out results/{wildcards.slide} --unattended > {log} 2>&1"

@@ -6,7 +6,6 @@ rule maps:
         tissue="results/{slide}/tissue.png",
     output:
         maps=maps_store("results/{slide}/maps.zarr"),
-        record="results/{slide}/maps.zarr.json",
     log:
         "logs/{slide}/maps.log",
     benchmark:
@@ -18,5 +17,5 @@ rule maps:
     params:
         options=maps_options,
     shell:
-        "wsipipe maps {params.options:q} --device lease:{resources.gpu}"
+        "wsipipe maps {params.options} --device lease:{resources.gpu}"
         " --out results/{wildcards.slide} --unattended > {log} 2>&1"

@@ -4,7 +4,6 @@ rule nuclei:
         maps="results/{slide}/maps.zarr",
     output:
         table="results/{slide}/nuclei.parquet",
-        record="results/{slide}/nuclei.parquet.json",
     log:
         "logs/{slide}/nuclei.log",
     benchmark:
@@ -14,5 +13,5 @@ rule nuclei:
     params:
         options=nuclei_options,
     shell:
-        "wsipipe nuclei {params.options:q} --workers {threads}"
+        "wsipipe nuclei {params.options} --workers {threads}"
         " --out results/{wildcards.slide} --unattended > {log} 2>&1"

@@ -1,8 +1,8 @@
 rule report:
     input:
-        # The other stages' files are older than these: the record of the last stage and what it was made of.
+        # Of the files that it reads, those that no other of them is made of.
         nuclei="results/{slide}/nuclei.parquet",
-        export="results/{slide}/nuclei.geojson.gz.json",
+        export="results/{slide}/nuclei.geojson.gz",
     output:
         page=report(
             "results/{slide}/report.html",
@@ -10,7 +10,6 @@ rule report:
             category="Slides",
             labels={"slide": "{slide}"},
         ),
-        record="results/{slide}/report.html.json",
     log:
         "logs/{slide}/report.log",
     benchmark:
@@ -20,4 +19,4 @@ rule report:
     params:
         options=report_options,
     shell:
-        "wsipipe report {params.options:q} --out results/{wildcards.slide} --unattended > {log} 2>&1"
+        "wsipipe report {params.options} --out results/{wildcards.slide} --unattended > {log} 2>&1"

@@ -3,7 +3,6 @@ rule tissue:
         slide_files,
     output:
         mask="results/{slide}/tissue.png",
-        record="results/{slide}/tissue.png.json",
         slide="results/{slide}/slide.json",
     log:
         "logs/{slide}/tissue.log",
@@ -14,4 +13,4 @@ rule tissue:
     params:
         options=tissue_options,
     shell:
-        "wsipipe tissue {params.options:q} --out results/{wildcards.slide} --unattended > {log} 2>&1"
+        "wsipipe tissue {params.options} --out results/{wildcards.slide} --unattended > {log} 2>&1"
