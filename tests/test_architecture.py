@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "wsipipe"
 PURE = (
-    "geometry", "tissue", "tiles", "maps", "instances", "outlines", "features", "neighbours", "seams", "metrics",
-    "comparison", "training.targets",
+    "geometry", "tissue", "tiles", "maps", "instances", "outlines", "rings", "features", "neighbours", "seams",
+    "metrics", "comparison", "training.targets",
 )  # fmt: skip
 SHELL = ("slide", "store", "stages")
 FOREIGN = ("zarr", "torch")

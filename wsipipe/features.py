@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import shapely
 
 from wsipipe.config import NucleiConfig
 from wsipipe.geometry import Box, Grid
 from wsipipe.instances import label_nuclei, reach_px
 from wsipipe.maps import Maps
 from wsipipe.measures import Measures, measure, stain_sums
-from wsipipe.outlines import made_whole, polygons_px0, to_wkb, trace_outlines
+from wsipipe.outlines import made_whole, rings_px0, trace_outlines
 
 _MEASURES = (
     "area_um2",
@@ -179,11 +178,10 @@ def describe_nuclei(
             break
         labels = made_whole(labels, broken, sums.boxes[broken])
 
-    polygons = polygons_px0(outlines, labels, ids, sums.first[ids], read, grid)
+    rings, valid = rings_px0(outlines, labels, ids, sums.first[ids], read, grid)
     count = sums.count[ids]
     area = count * grid.pixel_um2
-    owned = core.owns(*centre.T)
-    large, valid = area >= config.min_area_um2, ~shapely.is_missing(polygons)
+    owned, large = core.owns(*centre.T), area >= config.min_area_um2
     keep = np.flatnonzero(owned & large & valid)
     qc = BlockQC(
         nuclei=keep.size,
@@ -220,7 +218,7 @@ def describe_nuclei(
     arrays["id"] = pa.array(_identities(fingerprint, place[keep]), pa.string())
     names = np.array([UNTYPED, *class_names[1:]])
     arrays["type"] = pa.array(names[type_id[keep]], pa.string())
-    arrays["geometry"] = to_wkb(polygons[keep])
+    arrays["geometry"] = rings.take(keep).to_wkb()
     missing = {name: pa.nulls(keep.size, pa.float32()) for name in NUCLEI_SCHEMA.names if name not in arrays}
     return pa.record_batch(arrays | missing, NUCLEI_SCHEMA), qc
 

@@ -24,6 +24,7 @@ from isal import igzip
 
 from wsipipe.compiled import compiled
 from wsipipe.errors import ConfigError
+from wsipipe.rings import Rings
 from wsipipe.store import finished
 from wsipipe.table import NucleiMeta, read_nuclei
 
@@ -143,15 +144,17 @@ def encode_features(
     `form` is "outlines" or "centroids".
     """
     if form == "outlines":
-        kept, starts, tenths = _outlines(nuclei)
+        kept, rings = _outlines(nuclei)
+        starts, tenths = rings.starts, rings.points
         opening, closing = b'","geometry":{"type":"Polygon","coordinates":[[', b"]]"
     else:
-        tenths = np.rint(np.stack([nuclei["x_px0"], nuclei["y_px0"]], axis=1) * 10)
+        tenths = np.rint(np.stack([nuclei["x_px0"], nuclei["y_px0"]], axis=1) * 10).astype(np.int64)
         kept, starts = np.arange(nuclei.num_rows), np.arange(nuclei.num_rows + 1)
         opening, closing = b'","geometry":{"type":"Point","coordinates":', b""
     if not kept.size:
         return b"", 0
-    nuclei = nuclei.take(pa.array(kept))
+    if kept.size < nuclei.num_rows:
+        nuclei = nuclei.take(pa.array(kept))
     types = [
         closing + b'},"properties":{"objectType":"detection",' + _classification(meta, type_id) + b'"measurements":{'
         for type_id in range(256)
@@ -168,7 +171,7 @@ def encode_features(
         out,
         np.frombuffer("".join(nuclei["id"].to_pylist()).encode(), np.uint8).reshape(len(kept), 36),
         _bytes(opening),
-        (tenths - np.array(offset) * 10).astype(np.int64),
+        tenths - np.array(offset) * 10,
         starts,
         *_pieces(types),
         nuclei["type_id"].to_numpy(),
@@ -179,23 +182,32 @@ def encode_features(
     return out[:end].tobytes(), len(kept)
 
 
-def _outlines(nuclei: pa.RecordBatch) -> tuple[Integers, Integers, npt.NDArray[np.float64]]:
-    """Rows with a good outline, where each ring starts, and the vertices in tenths of a level-0 px."""
-    polygons = shapely.from_wkb(nuclei["geometry"].to_numpy(zero_copy_only=False))
+def _outlines(nuclei: pa.RecordBatch) -> tuple[Integers, Rings]:
+    """Rows with a good outline, and these outlines."""
+    rings, exact = Rings.from_wkb(nuclei["geometry"])
+    good = exact & rings.are_plain()
+    others = np.flatnonzero(~good)
+    if others.size:
+        rows, repaired = _doubtful_outlines(nuclei["geometry"].take(pa.array(others)))
+        good[others[rows]] = True
+        rings = rings.replaced(others[rows], repaired)
+    kept = np.flatnonzero(good)
+    return kept, rings if kept.size == len(rings) else rings.take(kept)
+
+
+def _doubtful_outlines(geometry: pa.Array) -> tuple[Integers, Rings]:
+    """The same of what may be of any form and size, by shapely."""
+    polygons = shapely.from_wkb(geometry.to_numpy(zero_copy_only=False))
     kept = (shapely.get_type_id(polygons) == POLYGON) & (shapely.get_num_coordinates(polygons) >= 4)
-    if (shapely.get_num_interior_rings(polygons) > 0).any():  # of another's table: what a hole holds is of the nucleus
-        polygons = shapely.polygons(shapely.get_exterior_ring(np.where(kept, polygons, None)))
+    # of another's table: what a hole holds is of the nucleus
+    polygons = shapely.polygons(shapely.get_exterior_ring(np.where(kept, polygons, None)))
     rows = np.flatnonzero(kept)
-    polygons = polygons[rows]
-    xy = shapely.get_coordinates(polygons)
-    tenths = np.rint(xy * 10)
-    if (np.abs(tenths - xy * 10) > 1e-6).any():
-        # Tested as they will be written: rounding is what breaks outlines.
-        polygons = shapely.set_coordinates(polygons.copy(), tenths / 10)
+    tenths = np.rint(shapely.get_coordinates(polygons[rows]) * 10)
+    # Tested as they will be written: rounding is what breaks outlines.
+    polygons = shapely.set_coordinates(polygons[rows], tenths / 10)
     good = shapely.is_valid(polygons) & (shapely.area(polygons) >= SMALLEST_PX0)
-    counts = shapely.get_num_coordinates(polygons)
-    starts = np.concatenate([[0], np.cumsum(counts[good])])
-    return rows[good], starts, tenths[np.repeat(good, counts)]
+    rings = Rings(tenths.astype(np.int64), np.append(0, np.cumsum(shapely.get_num_coordinates(polygons))))
+    return rows[good], rings.take(np.flatnonzero(good))
 
 
 def _classification(meta: NucleiMeta, type_id: int) -> bytes:

@@ -4,18 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import shapely
 from scipy import ndimage
 
 from wsipipe.compiled import compiled
 from wsipipe.geometry import Box, Grid
+from wsipipe.rings import Rings, closed_rings
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
-Bytes = npt.NDArray[np.uint8]
-WKB_HEAD = np.frombuffer(bytes((1, 3, 0, 0, 0, 1, 0, 0, 0)), np.uint8)  # little-endian polygon of one ring
 FEW = 48  # points that are sorted quicker by insertion
 
 
@@ -39,11 +36,6 @@ class Outlines:
     ends: Longs
     area_px: Longs
     tangled: npt.NDArray[np.bool_]
-
-    @property
-    def ring(self) -> Longs:
-        """(M,) index of the nucleus of each point."""
-        return np.repeat(np.arange(self.ends.size), np.diff(self.ends, prepend=0))
 
     def measures(self, unit_x: float, unit_y: float) -> tuple[Doubles, Doubles]:
         """(N,) length of each outline, a pixel being `unit_x` wide and `unit_y` high, and (N,) its solidity.
@@ -242,26 +234,26 @@ def _sort(keys: Longs) -> None:
         keys[at] = key
 
 
-def polygons_px0(
+def rings_px0(
     outlines: Outlines, labels: Ints, ids: Ints, first: Ints, read: Box, grid: Grid
-) -> npt.NDArray[np.object_]:
-    """Outlines as polygons at level 0, rounded to 0.1 px; None where not even the full outline is valid so.
+) -> tuple[Rings, npt.NDArray[np.bool_]]:
+    """Outlines at level 0, rounded to 0.1 px, and which of them are valid.
 
-    Where the simplified outline is invalid, because it crosses itself or rounding made it so, all corners are kept.
+    Where the simplified outline is not, because it crosses itself or rounding made it so, all corners are kept.
     """
-    polygons = _rounded(outlines, read, grid)
-    invalid = np.flatnonzero(~shapely.is_valid(polygons))
+    rings = _rounded(outlines, read, grid)
+    valid = rings.are_valid()
+    invalid = np.flatnonzero(~valid)
     if invalid.size:
         full = _rounded(trace_outlines(labels, ids[invalid], first[invalid], 0), read, grid)
-        full[~shapely.is_valid(full)] = None
-        polygons[invalid] = full
-    return polygons
+        valid[invalid] = full.are_valid()
+        rings = rings.replaced(invalid, full)
+    return rings, valid
 
 
-def _rounded(outlines: Outlines, read: Box, grid: Grid) -> npt.NDArray[np.object_]:
-    points = np.round(grid.to_px0(outlines.points / 2 + np.array([read.x0, read.y0])), 1)
-    polygons: npt.NDArray[np.object_] = shapely.polygons(shapely.linearrings(points, indices=outlines.ring))
-    return polygons
+def _rounded(outlines: Outlines, read: Box, grid: Grid) -> Rings:
+    points = grid.to_px0(outlines.points / 2 + np.array([read.x0, read.y0]))
+    return closed_rings(np.rint(points * 10).astype(np.int64), outlines.ends)
 
 
 def made_whole(labels: Ints, ids: Ints, boxes: Ints) -> Ints:
@@ -279,24 +271,3 @@ def made_whole(labels: Ints, ids: Ints, boxes: Ints) -> Ints:
             place[pieces > 0] = 0
             place[ndimage.binary_fill_holes(pieces == 1 + sizes[1:].argmax())] = label
     return labels
-
-
-def to_wkb(polygons: npt.NDArray[np.object_]) -> pa.Array:
-    """Polygons without holes as well-known binary: as shapely writes it, at a sixth of its time."""
-    counts = shapely.get_num_coordinates(polygons)
-    points = np.ascontiguousarray(shapely.get_coordinates(polygons), "<f8").view(np.uint8).reshape(-1)
-    ends = np.cumsum(WKB_HEAD.size + 4 + 16 * counts)
-    out, offsets = np.empty(ends[-1] if ends.size else 0, np.uint8), np.append(0, ends).astype(np.int32)
-    _put_wkb(out, offsets, WKB_HEAD, counts.astype("<u4").view(np.uint8).reshape(-1, 4), points)
-    return pa.Array.from_buffers(pa.binary(), len(polygons), [None, pa.py_buffer(offsets), pa.py_buffer(out)])
-
-
-@compiled
-def _put_wkb(out: Bytes, offsets: Ints, head: Bytes, counts: Bytes, points: Bytes) -> None:
-    taken = 0
-    for i in range(offsets.size - 1):
-        at, rest = offsets[i] + head.size, offsets[i + 1] - offsets[i] - head.size - 4
-        out[offsets[i] : at] = head
-        out[at : at + 4] = counts[i]
-        out[at + 4 : at + 4 + rest] = points[taken : taken + rest]
-        taken += rest

@@ -23,6 +23,7 @@ from wsipipe.errors import SettingsError, StoreError
 from wsipipe.features import NUCLEI_SCHEMA
 from wsipipe.geometry import Box, Grid
 from wsipipe.neighbours import Neighbourhood
+from wsipipe.rings import Rings
 from wsipipe.store import finished
 
 log = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ class NucleiSpool:
                 writer.write_table(group, row_group_size=ROW_GROUP)
                 for entry in group["type"].value_counts().to_pylist():
                     counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
-                bounds = shapely.total_bounds(shapely.from_wkb(group["geometry"].to_numpy()))
+                bounds = _bounds(group["geometry"].combine_chunks())
                 extent = np.r_[np.fmin(extent[:2], bounds[:2]), np.fmax(extent[2:], bounds[2:])]
             meta = replace(self.meta, counts=counts, qc=_summed_qc(files[block] for block in wanted))
             about = {"geo": _geo(extent), "wsipipe": meta.to_json()}
@@ -364,6 +365,14 @@ def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             held = held.slice(ROW_GROUP)
     if held.num_rows:
         yield held.combine_chunks()
+
+
+def _bounds(geometry: pa.Array) -> npt.NDArray[np.float64]:
+    """The box round all outlines, level-0 px: x0, y0, x1, y1."""
+    rings, exact = Rings.from_wkb(geometry)
+    if not exact.all():  # of a form that blocks do not write
+        return np.asarray(shapely.total_bounds(shapely.from_wkb(geometry.to_numpy(zero_copy_only=False))))
+    return np.concatenate([rings.points.min(0), rings.points.max(0)]) / 10
 
 
 def _geo(extent: npt.NDArray[np.float64]) -> str:
