@@ -86,16 +86,19 @@ def to_maps(outputs: "Mapping[str, torch.Tensor]", halo_px: int) -> NetworkMaps:
     def core(name: str) -> torch.Tensor:
         values = outputs[name]
         height, width = values.shape[-2:]
-        return values[..., halo_px : height - halo_px, halo_px : width - halo_px].float()
+        values = values[..., halo_px : height - halo_px, halo_px : width - halo_px]
+        return values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # channel by channel
 
-    nuclei = core("nuclei").softmax(1)[:, 1]
-    offsets = core("offsets").clamp(-1, 1)
+    against, towards = core("nuclei").unbind(1)
+    nuclei = (towards - against).sigmoid_()
+    offsets = core("offsets").clamp_(-1, 1)
     types = core("types").softmax(1) if "types" in outputs else torch.ones_like(nuclei)[:, None]
-    finite = torch.stack([values.flatten(1).isfinite().all(1) for values in (nuclei, offsets, types)]).all(0)
+    # A sum is a number if all its terms are: all lie within [-1, 1].
+    finite = torch.stack([values.flatten(1).sum(1).isfinite() for values in (nuclei, offsets, types)]).all(0)
     return NetworkMaps(
-        (nuclei * 255).round().to(torch.uint8),
-        (offsets * 127).round().to(torch.int8),
-        (types * 255).round().to(torch.uint8),
+        nuclei.mul_(255).round_().to(torch.uint8),
+        offsets.mul_(127).round_().to(torch.int8),
+        types.mul_(255).round_().to(torch.uint8),
         finite,
     )
 
