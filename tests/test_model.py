@@ -208,7 +208,9 @@ def test_every_tensor_of_the_published_model_has_its_place():
 def test_deformable_sampling_gives_what_the_reference_operator_gives():
     case = {key: torch.from_numpy(value) for key, value in np.load(PARITY / "msda_core.npz").items()}
     sizes = tuple((int(h), int(w)) for h, w in case["shapes"])
-    sampled = sample_levels(case["value"], sizes, case["sampling_locations"], case["attention_weights"])
+    locations = case["sampling_locations"].permute(0, 2, 3, 4, 1, 5)
+    weights = case["attention_weights"].permute(0, 2, 3, 4, 1)
+    sampled = sample_levels(case["value"], sizes, locations, weights)
     np.testing.assert_allclose(sampled, case["output"], atol=1e-5)
 
 

@@ -32,26 +32,25 @@ def sample_levels(value: Tensor, sizes: tuple[Size, ...], locations: Tensor, wei
     value : (B, S, M, d) float
         Memory of all levels one behind the other, row-major, split into M heads; S = sum of H W.
     sizes : L pairs (H, W)
-    locations : (B, Q, M, L, P, 2) float
-        (x, y), 0 to 1 from edge to edge of a level.
-    weights : (B, Q, M, L, P) float
+    locations : (B, M, L, P, Q, 2) float
+        (x, y), 0 to 1 from edge to edge of a level. Queries last: a sum over few points of many queries is then a sum
+        of long rows, four times as fast on a CPU.
+    weights : (B, M, L, P, Q) float
 
     Returns
     -------
     (B, Q, M d) float
     """
-    batch, queries, heads, levels, points, _ = locations.shape
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).reshape(levels, batch * heads, queries, points, 2)
-    weights = weights.permute(3, 0, 2, 1, 4).reshape(levels, batch * heads, 1, queries, points)
+    batch, heads, _, points, queries, _ = locations.shape
+    locations = 2 * locations - 1
     total: Tensor | None = None
     for level, (memory, (height, width)) in enumerate(
         zip(value.split([h * w for h, w in sizes], dim=1), sizes, strict=True)
     ):
         image = memory.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width)
-        samples = functional.grid_sample(
-            image, grids[level], mode="bilinear", padding_mode="zeros", align_corners=False
-        )
-        part = (samples * weights[level]).sum(-1)  # (B M, d, Q)
+        grid = locations[:, :, level].reshape(batch * heads, points, queries, 2)
+        samples = functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        part = (samples * weights[:, :, level].reshape(batch * heads, 1, points, queries)).sum(2)  # (B M, d, Q)
         total = part if total is None else total + part
     assert total is not None
     return total.reshape(batch, -1, queries).transpose(1, 2)
@@ -161,14 +160,17 @@ class DeformableAttention(nn.Module):
         shape = (batch, queries, self.heads, self.levels, self.points)
         value = self.value_proj(memory).reshape(batch, memory.shape[1], self.heads, -1)
         offsets = self.sampling_offsets(query).float().reshape(*shape, 2)
-        weights = self.attention_weights(query).float().reshape(*shape[:3], -1).softmax(-1).reshape(shape)
+        weights = self.attention_weights(query).float().reshape(batch, queries, self.heads, -1)
         if self.gathers:
             places = _reference_places(query_sizes, sizes, query.device) + offsets
+            weights = weights.softmax(-1).reshape(shape)
             read: Tensor = self.output_proj(gather_levels(value, sizes, places, weights))
             return read
-        extent = offsets.new_tensor([(w, h) for h, w in sizes])[:, None]  # (L, 1, 2)
-        reference = reference_points(query_sizes, query.device)[:, :, None, None, None]
+        weights = weights.permute(0, 2, 3, 1).softmax(2).reshape(batch, *shape[2:], queries)
+        extent = offsets.new_tensor([(w, h) for h, w in sizes])[:, None, None]  # (L, 1, 1, 2)
+        reference = reference_points(query_sizes, query.device)[:, None, None, None]
         with torch.autocast(query.device.type, enabled=False):
-            samples = sample_levels(value.float(), sizes, reference + offsets / extent, weights)
+            locations = reference + offsets.permute(0, 2, 3, 4, 1, 5) / extent
+            samples = sample_levels(value.float(), sizes, locations, weights)
         out: Tensor = self.output_proj(samples.to(query.dtype))
         return out
