@@ -26,8 +26,8 @@ from wsipipe.model.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
-# Values a head reads at a place. Gathering rows of 8, 24 and 64 bf16 values takes a CPU 2.9, 1.1 and 0.6 times as long as
-# `grid_sample`.
+# Values a head reads at a place. Gathering rows of 8, 24 and 64 bf16 values takes a CPU 2.9, 1.1 and 0.6 times as long
+# as `grid_sample`.
 GATHERED_WIDTH = 32
 
 Conv = TypeVar("Conv", bound=nn.Conv2d | nn.ConvTranspose2d)
