@@ -162,6 +162,7 @@ def test_the_options_of_a_stage_change_only_with_what_its_result_depends_on(here
     assert changed(model="own.safetensors") == ["maps"]
     assert changed(form="centroids") == ["export"]
     assert changed(keep_maps=False) == []
+    assert changed(skip_bad_tiles=True) == ["tissue", "maps", "nuclei", "export", "report"]
     assert changed(settings={"nuclei": {"np_threshold": 0.5}}) == []  # the default, spelled out
     with pytest.raises(ValueError, match="no stage"):
         load_cohort({"slides": "slides.tsv"}).options("dream", "a")

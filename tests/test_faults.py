@@ -95,8 +95,18 @@ def test_bad_tiles_are_skipped_if_asked_and_recorded_with_their_place(tiny, orac
     lost = [disc for disc in tiny.discs if place.owns(disc.x, disc.y)]
     assert lost
     assert summary.nuclei.count <= 12 - len([disc for disc in lost if disc.x > place.x0 + disc.radius])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Look at: unread" in page
     again = run(tiny.path, tmp_path / "out", oracle, skips_unread=True)
     assert (again.maps.tiles, again.maps.unread_px0) == (0, summary.maps.unread_px0)
+
+
+def test_bad_tiles_of_the_low_resolution_that_tissue_is_found_in_are_recorded_too(tiny, oracle, tmp_path, monkeypatch):
+    failing(monkeypatch, lambda level, index, attempt: (level, index) == (2, 0))
+    run(tiny.path, tmp_path / "out", oracle, skips_unread=True)
+    record = json.loads((tmp_path / "out" / "tissue.png.json").read_text())
+    assert record["unread_px0"] == [{"x0": 0, "y0": 0, "x1": 1024, "y1": 768}]
+    assert "could not be read" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_reader_that_answers_nothing_more_after_a_failure_is_opened_anew(tiny, tmp_path, monkeypatch):

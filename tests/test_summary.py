@@ -10,9 +10,10 @@ from wsipipe.cohort import SlideRow
 from wsipipe.lock import Lock
 from wsipipe.summary import SILENT, SlideSummary, as_page, as_table, summarise, write_summary
 
+BAD = [{"x0": 0, "y0": 0, "x1": 256, "y1": 256}, {"x0": 256, "y0": 0, "x1": 512, "y1": 256}]
 RECORDS = {
-    "tissue.png": {"mm2": 2.0, "seconds": 1.0},
-    "maps.zarr": {"seconds": 10.5, "device": "cuda:1", "unread_px0": [{"x0": 0}, {"x0": 1}]},
+    "tissue.png": {"mm2": 2.0, "seconds": 1.0, "unread_px0": BAD[:1]},
+    "maps.zarr": {"seconds": 10.5, "device": "cuda:1", "unread_px0": BAD},
     "nuclei.parquet": {
         "nuclei": {"round": 30, "long": 10}, "qc": {"wide": 2}, "seams": {"shows": False}, "seconds": 4.0,
         "model": {"name": "m", "weights_sha256": "0123456789abcdef"}, "wsipipe": "0.1.0",

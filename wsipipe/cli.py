@@ -304,9 +304,15 @@ def compare(
 
 
 @app.command()
-def report(slide: SlidePath, out: Out = None, mpp: Mpp = None, unattended: Unattended = False) -> None:
+def report(
+    slide: SlidePath,
+    out: Out = None,
+    mpp: Mpp = None,
+    skip_bad_tiles: SkipBadTiles = False,
+    unattended: Unattended = False,
+) -> None:
     """Show the results of SLIDE on one page, report.html."""
-    with _opened(slide, mpp) as opened, _claimed(out, opened, "report", wait=unattended) as folder:
+    with _opened(slide, mpp, skip_bad_tiles) as opened, _claimed(out, opened, "report", wait=unattended) as folder:
         from wsipipe.stages.report import make_report
         from wsipipe.stages.tissue import read_tissue
 

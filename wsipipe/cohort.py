@@ -58,6 +58,7 @@ class CohortConfig(BaseModel):
     model: str | None = Field(None, description="for slides whose line names none; null is the model that ships")
     form: Literal["outlines", "centroids", "overview"] = Field("outlines", description="of a nucleus in the GeoJSON")
     keep_maps: bool = Field(True, description="false: delete maps.zarr as soon as its nuclei are found")
+    skip_bad_tiles: bool = Field(False, description="true: take for white what cannot be read of a slide")
     settings: Config = Field(Config(), description="as `wsipipe segment --config` takes them")
 
 
@@ -97,6 +98,8 @@ class Cohort:
         options = quote(row.path)
         if row.mpp is not None:
             options += f" --mpp {row.mpp}"
+        if self.config.skip_bad_tiles:
+            options += " --skip-bad-tiles"
         match stage:
             case "tissue":
                 roi = f" --roi {quote(row.roi)}" if row.roi else ""

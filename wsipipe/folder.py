@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import wsipipe
 from wsipipe.errors import StoreError
+from wsipipe.geometry import Box
 from wsipipe.lock import Lock
 from wsipipe.store import finished
 
@@ -106,6 +107,12 @@ class ResultFolder:
 def record_of(output: Path) -> Path:
     """`<output>.json`, the record beside an output."""
     return output.with_name(output.name + ".json")
+
+
+def unread_in(*records: Mapping[str, Any]) -> list[Box]:
+    """Places at level 0 that could not be read, as records of stages tell of them; each once, from top to bottom."""
+    boxes = {Box(**box) for record in records for box in record.get("unread_px0", ())}
+    return sorted(boxes, key=lambda box: (box.y0, box.x0, box.y1, box.x1))
 
 
 def write_record(output: Path, **values: Any) -> None:

@@ -211,7 +211,7 @@ def checks(meta: NucleiMeta, tissue: TissueMask, sizes: Mapping[int, Sizes], fac
         told.append(
             Check(
                 "Unread",
-                f"{len(facts.unread):,} places",
+                f"{len(facts.unread):,} place{'s' * (len(facts.unread) > 1)}",
                 "look",
                 "The slide could not be read there, so they were taken for white and hold no nuclei. "
                 "They are crossed out on the map.",

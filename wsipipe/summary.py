@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wsipipe.cohort import SlideRow
-from wsipipe.folder import ResultFolder, record_of
+from wsipipe.folder import ResultFolder, record_of, unread_in
 from wsipipe.lock import is_held
 from wsipipe.pages import render
 from wsipipe.store import finished
@@ -155,7 +155,7 @@ def _of_slide(name: str, group: str, folder: ResultFolder, logs: Path) -> SlideS
         nuclei=nuclei.get("nuclei"),
         seconds={stage: record["seconds"] for stage, record in records.items() if "seconds" in record},
         wide=nuclei.get("qc", {}).get("wide"),
-        unread=len(maps["unread_px0"]) if "unread_px0" in maps else None,
+        unread=len(unread_in(tissue, maps)) if "unread_px0" in maps else None,
         seams_show=seams.get("shows"),
         device=maps.get("device", ""),
         model=f"{model['name']} {model['weights_sha256'][:12]}" if "weights_sha256" in model else "",

@@ -14,8 +14,7 @@ import pyarrow as pa
 import wsipipe
 from wsipipe.errors import StoreError
 from wsipipe.focus import MPP, measure_focus
-from wsipipe.folder import ResultFolder, record_of, write_record
-from wsipipe.geometry import Box
+from wsipipe.folder import ResultFolder, record_of, unread_in, write_record
 from wsipipe.report import Facts, draw_report
 from wsipipe.slide import Slide
 from wsipipe.store import finished
@@ -55,7 +54,7 @@ def make_report(
         focus=measure_focus(tissue, slide.grid(MPP), slide.read),
         seams=nuclei.get("seams", {}),
         dropped=records["export"].get("dropped", 0),
-        unread=[Box(**place) for place in maps.get("unread_px0", [])],
+        unread=unread_in(tissue_record, maps),
         settings={
             "tissue": tissue_record["config"],
             "maps": maps.get("config", {}).get("maps", {}),

@@ -73,6 +73,7 @@ def segment(
     with folder.claimed(slide, folder.tissue, folder.nuclei, folder.geojson, folder.report):
         clock = _Clock()
         tissue = find_tissue(slide, config.tissue, roi=roi, everywhere=everywhere)
+        unread = slide.unread
         log.info("%s: %.2f mm² of tissue", slide.name, tissue.area_mm2)
         clock.lap("tissue")
         with _NucleiBehind(slide, folder, config, scheduler, workers, overwrite) as behind:
@@ -92,7 +93,7 @@ def segment(
             )
             clock.lap("maps")
             # Not before: maps of other tissue are refused above, and then nothing may have changed.
-            write_tissue(tissue, folder.tissue, slide, config.tissue, clock.laps["tissue"])
+            write_tissue(tissue, folder.tissue, slide, config.tissue, clock.laps["tissue"], unread)
             nuclei = behind.finish()
         clock.lap("nuclei")
         export = make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, form=form)

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from wsipipe.config import TissueConfig
 from wsipipe.errors import SlideError, StoreError
 from wsipipe.folder import write_record
-from wsipipe.geometry import Grid
+from wsipipe.geometry import Box, Grid
 from wsipipe.roi import read_roi
 from wsipipe.slide import Slide
 from wsipipe.store import finished
@@ -56,13 +57,18 @@ def make_tissue(
     started = time.monotonic()
     tissue = find_tissue(slide, config, roi=roi, everywhere=everywhere)
     seconds = time.monotonic() - started
-    write_tissue(tissue, out, slide, config, seconds)
+    write_tissue(tissue, out, slide, config, seconds, slide.unread)
     log.info("%s: %.2f mm² of tissue in %.1f s", slide.name, tissue.area_mm2, seconds)
     return tissue
 
 
-def write_tissue(tissue: TissueMask, out: Path, slide: Slide, config: TissueConfig, seconds: float) -> None:
-    """Store a mask, found in `seconds`, as a PNG that says where its pixels lie; one that is there is replaced."""
+def write_tissue(
+    tissue: TissueMask, out: Path, slide: Slide, config: TissueConfig, seconds: float, unread: Collection[Box]
+) -> None:
+    """Store a mask as a PNG that says where its pixels lie; one that is there is replaced.
+
+    It was found in `seconds`, and at `unread` places (level 0) the slide could not be read for it.
+    """
     about = {
         "format": FORMAT_VERSION,
         "fingerprint": slide.fingerprint,
@@ -80,6 +86,7 @@ def write_tissue(tissue: TissueMask, out: Path, slide: Slide, config: TissueConf
         config=config.model_dump(),
         mm2=tissue.area_mm2,
         share=float(tissue.mask.mean()),
+        unread_px0=[asdict(box) for box in sorted(unread, key=lambda box: (box.y0, box.x0, box.y1, box.x1))],
         seconds=round(seconds, 3),
     )
 
