@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import skimage.data
-from skimage.color import rgb2hed
+from skimage.filters import gaussian
 from skimage.measure import block_reduce
 
 from wsipipe.config import Config
@@ -37,6 +37,7 @@ TESTED = ("consep", "tnbc_naylor")
 LARGE_TYPES = ("inflammatory", "epithelial", "spindle-shaped")
 MPP = 0.25
 SIDE_PX = 2000  # of pictures without nuclei: 0.25 mm²
+WINDOW_PX = 32
 NAMES = ("bpq", "dice", "f1")
 
 Model = tuple[Any, Any, str]
@@ -60,13 +61,21 @@ def halved(patches: PatchSet) -> PatchSet:
 
 
 def pictures_without_nuclei() -> dict[str, Image]:
-    """Glass, noise about the colour of glass and of eosin, and the IHC picture's patches without haematoxylin."""
+    """Glass, noise about the colour of glass and of eosin, and the IHC picture's windows of glass and of plain brown.
+
+    Its nuclei are grey, so that windows of 32 px hold none where all is brown, or all bright; looked at one by one.
+    """
     rng = np.random.default_rng(0)
     shape = (SIDE_PX, SIDE_PX, 3)
     ihc = skimage.data.immunohistochemistry()
-    blue = block_reduce(rgb2hed(ihc)[..., 0], (64, 64), np.max)
-    quiet = [ihc[64 * y : 64 * y + 64, 64 * x : 64 * x + 64] for y, x in np.argwhere(blue < np.quantile(blue, 0.15))]
-    side = -(-SIDE_PX // 64)
+    smooth = gaussian(ihc, 2, channel_axis=2, preserve_range=True)
+    grey = block_reduce(smooth[..., 2] - smooth[..., 0], (WINDOW_PX, WINDOW_PX), np.max)
+    dark = block_reduce(smooth.min(2), (WINDOW_PX, WINDOW_PX), np.min)
+    quiet = [
+        ihc[WINDOW_PX * y : WINDOW_PX * (y + 1), WINDOW_PX * x : WINDOW_PX * (x + 1)]
+        for y, x in np.argwhere((grey < -40) | (dark > 215))
+    ]
+    side = -(-SIDE_PX // WINDOW_PX)
     chosen = rng.integers(len(quiet), size=(side, side))
     mosaic = np.concatenate([np.concatenate([quiet[i] for i in row], axis=1) for row in chosen])
     return {
