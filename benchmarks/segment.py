@@ -27,6 +27,7 @@ from wsipipe.demo import GLASS, draw_tissue
 TILE = 256
 TEXTURE = 1024
 LEVELS = (1, 4, 16)
+PHASE = 336  # of the texture, px: where it repeats, nuclei are cut, and that shall be no line between tiles or blocks
 MPP = 0.25
 SMALLEST = 2048  # the slide that is all tissue
 
@@ -39,14 +40,14 @@ def write_slide(path: Path, side: int, texture: npt.NDArray[np.uint8]) -> None:
     def tiles(step: int) -> Iterator[npt.NDArray[np.uint8]]:
         reduced = cv2.resize(texture, None, fx=1 / step, fy=1 / step, interpolation=cv2.INTER_AREA)
         glass = np.full((TILE, TILE, 3), GLASS, np.uint8)
-        low, high, size = first // step, (first + tissue) // step, side // step
+        low, high, size, phase = first // step, (first + tissue) // step, side // step, PHASE // step
         for y in range(0, size, TILE):
             for x in range(0, size, TILE):
                 tile = glass
                 if y + TILE > low and x + TILE > low and y < high and x < high:
                     rows, columns = np.arange(y, y + TILE), np.arange(x, x + TILE)
                     inside = ((rows >= low) & (rows < high))[:, None] & ((columns >= low) & (columns < high))
-                    found = reduced[np.ix_((rows - low) % len(reduced), (columns - low) % len(reduced))]
+                    found = reduced[np.ix_((rows - low + phase) % len(reduced), (columns - low + phase) % len(reduced))]
                     tile = np.where(inside[..., None], found, glass)
                 yield np.ascontiguousarray(tile)
 
