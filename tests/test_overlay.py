@@ -149,9 +149,9 @@ def test_the_tissue_mask_is_laid_on_the_view_where_it_belongs():
 
 @pytest.mark.parametrize(
     ("value", "below", "above"),
-    [(1, 1, 1), (4.9, 2, 5), (5, 5, 5), (0.03, 0.02, 0.05), (99, 50, 100), (1234, 1000, 2000)],
+    [(1, 1, 1), (4.9, 2, 5), (5, 5, 5), (0.03, 0.02, 0.03), (99, 50, 100), (1234, 1000, 1500)],
 )
-def test_round_numbers_are_one_two_or_five(value, below, above):
+def test_numbers_are_rounded_to_what_reads_well(value, below, above):
     assert overlay.nice(value) == pytest.approx(below)
     assert overlay.nice(value, up=True) == pytest.approx(above)
 

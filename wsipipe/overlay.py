@@ -337,10 +337,11 @@ def _frame(draw: ImageDraw.ImageDraw, at: tuple[int, int], shape: tuple[int, ...
 
 
 def nice(value: float, *, up: bool = False) -> float:
-    """The next 1, 2 or 5 times a power of ten below `value`, or above it."""
+    """The next 1, 2 or 5 times a power of ten below `value`; above it in finer ones, so that scales are made use of."""
     power = 10.0 ** math.floor(math.log10(value))
-    steps = [power * step for step in (1, 2, 5, 10)]
-    return min(step for step in steps if step >= value * (1 - 1e-9)) if up else max(s for s in steps if s <= value)
+    if up:
+        return min(power * step for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if power * step >= value * (1 - 1e-9))
+    return max(power * step for step in (1, 2, 5, 10) if power * step <= value)
 
 
 def colour_of(meta: NucleiMeta, type_id: int) -> tuple[int, int, int]:

@@ -36,10 +36,10 @@ def area(mm2: float) -> str:
 
     Examples
     --------
-    >>> area(0), area(0.0005), area(0.0212), area(123.4)
-    ('0 mm²', '500 µm²', '0.0212 mm²', '123 mm²')
+    >>> area(0), area(0.0005), area(0.0212), area(2827.6)
+    ('0 mm²', '500 µm²', '0.0212 mm²', '2,828 mm²')
     """
-    return f"{mm2 * 1e6:.0f} µm²" if 0 < mm2 < 0.001 else f"{mm2:.0f} mm²" if mm2 >= 100 else f"{mm2:.3g} mm²"
+    return f"{mm2 * 1e6:.0f} µm²" if 0 < mm2 < 0.001 else f"{mm2:,.0f} mm²" if mm2 >= 100 else f"{mm2:.3g} mm²"
 
 
 @cache
