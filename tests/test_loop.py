@@ -154,6 +154,13 @@ def test_unknown_models_and_settings_are_refused(discs, tmp_path):
         train(config(discs, losses={"fancy": 1.0}), tmp_path / "run")
 
 
+def test_crops_that_the_network_does_not_take_are_refused_before_anything_is_made(discs, tmp_path):
+    with pytest.raises(ConfigError, match="crop_px: cellvta-nano takes sides of a multiple of 32 px, not 48"):
+        train(config(discs, crop_px=48), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert spec_of(config(discs, crop_px=48, settings={"cell_px": 1}), None).tile_step == (16, 0)
+
+
 def test_an_experiment_file_is_read_and_its_faults_come_all_at_once(discs, tmp_path):
     path = tmp_path / "experiment.yaml"
     path.write_text(f"data: {{{discs}: 1.0}}\nsteps: 5\n")

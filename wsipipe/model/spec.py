@@ -63,6 +63,13 @@ class ModelSpec:
     def to_json(self) -> str:
         return json.dumps({"version": SPEC_VERSION, **asdict(self)}, sort_keys=True)
 
+    def require_side(self, setting: str, side: int) -> None:
+        """Raise ConfigError, naming the setting, if the network takes no image of that side."""
+        step, offset = self.tile_step
+        if (side - offset) % step:
+            more = f" and {offset}" if offset else ""
+            raise ConfigError(f"{setting}: {self.name} takes sides of a multiple of {step}{more} px, not {side}")
+
     @classmethod
     def from_json(cls, text: str) -> "ModelSpec":
         """Raises ModelError if the text is no spec of a version that this software reads."""
@@ -129,10 +136,7 @@ def tile_geometry(spec: ModelSpec, config: MapsConfig) -> TileGeometry:
         geometry = TileGeometry(tile_px, halo_px, chunk_tiles)
     except ValueError as error:
         raise ConfigError(f"maps.tile_px and maps.halo_px: {error}") from error
-    step, offset = spec.tile_step
-    if (tile_px - offset) % step:
-        more = f" and {offset}" if offset else ""
-        raise ConfigError(f"maps.tile_px: {spec.name} takes sides of a multiple of {step}{more} px, not {tile_px}")
+    spec.require_side("maps.tile_px", tile_px)
     if halo_px < spec.margin_px:
         raise ConfigError(f"maps.halo_px: {spec.name} answers {spec.margin_px} px less on each side, not {halo_px}")
     return geometry

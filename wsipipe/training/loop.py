@@ -33,7 +33,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from wsipipe import __version__
 from wsipipe.device import choose_device, choose_precision
 from wsipipe.errors import ConfigError, StoreError
-from wsipipe.model.encoder import Encoder
+from wsipipe.model.encoder import GRID_PX, Encoder
 from wsipipe.model.registry import SPECS, build
 from wsipipe.model.spec import ModelSpec
 from wsipipe.model.weights import load_encoder, open_checkpoint, save_checkpoint
@@ -194,7 +194,13 @@ def normalised(image: Tensor, spec: ModelSpec, device: torch.device) -> Tensor:
 
 
 def spec_of(config: TrainConfig, classes: tuple[str, ...] | None, tissues: Sequence[str] = ()) -> ModelSpec:
-    """The registry's spec, with the settings of the experiment and the classes of the data."""
+    """The registry's spec, with the settings of the experiment and the classes of the data.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such model, or it takes no crops of that side.
+    """
     if config.model not in SPECS:
         raise ConfigError(f"no model is called '{config.model}'; there are: {', '.join(SPECS)}")
     spec = SPECS[config.model]
@@ -204,6 +210,9 @@ def spec_of(config: TrainConfig, classes: tuple[str, ...] | None, tissues: Seque
     if settings.get("tissue_classes"):
         settings["tissue_classes"] = len(tissues)
     spec = replace(spec, settings=settings, mpp=config.mpp or spec.mpp)
+    if "cell_px" in settings:
+        spec = replace(spec, tile_step=(GRID_PX * settings["cell_px"], 0))
+    spec.require_side("crop_px", config.crop_px)
     if classes is not None and classes != spec.class_names:
         colours = ((0, 0, 0), *(COLOURS[i % len(COLOURS)] for i in range(len(classes) - 1)))
         spec = replace(spec, class_names=classes, class_colours=colours)
