@@ -1,5 +1,6 @@
 """Whether seams show: nothing where blocks are exact, and every fault that cutting makes where they are not."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,44 @@ def test_centres_and_edges_are_counted_where_they_lie() -> None:
     assert at["overlaps"] == 0
     assert figures((180, 40, 206, 60), (184, 40, 220, 60))["overlaps"] == 1
     assert figures((180, 40, 201, 60), (199, 40, 220, 60))["overlaps"] == 0
+
+
+def scores(seeds: int, crowded: bool) -> npt.NDArray[np.float64]:
+    """By how many of its standard deviations the ratio is off 1, over slides of nuclei that know nothing of blocks."""
+    grid, side = Grid(1730, 1290, 1.0, 1.0, 0.25, 0.25), 200
+    off = []
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        wanted = rng.random((7, 9)) < 0.8  # tissue with holes; the last row and column are slivers
+        xy = rng.uniform(0, (grid.width, grid.height), (4000, 2))
+        if crowded:
+            middles = rng.uniform(0, (grid.width, grid.height), (25, 2))
+            xy = middles[rng.integers(0, 25, 4000)] + rng.normal(0, 60, (4000, 2))
+        column, row = np.clip(xy // side, 0, (8, 6)).astype(int).T
+        xy = xy[wanted[row, column] & (xy >= 0).all(1) & (xy < (grid.width, grid.height)).all(1)]
+        check = SeamCheck(grid, side, wanted, 64)
+        check.add(*xy.T, shapely.box(xy[:, 0] - 3, xy[:, 1] - 3, xy[:, 0] + 3, xy[:, 1] + 3))
+        figures = check.figures()
+        assert figures.density_ratio is not None
+        assert figures.density_ratio_sd is not None
+        off.append((figures.density_ratio - 1) / figures.density_ratio_sd)
+    return np.array(off)
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_the_ratio_is_1_within_its_error_where_nuclei_know_nothing_of_blocks(crowded: bool) -> None:
+    off = scores(120, crowded)
+    assert abs(off.mean()) < 3 / np.sqrt(off.size)
+    assert 0.6 < np.sqrt((off**2).mean()) < 1.25
+    assert (np.abs(off) < 4).all()
+
+
+def test_crowds_make_the_ratio_less_sure_than_as_many_nuclei_each_for_itself() -> None:
+    even = SeamFigures(near=400, elsewhere=400, near_mm2=1, elsewhere_mm2=1, seams=40, spread=0.05)
+    assert even.density_ratio_sd == pytest.approx(np.sqrt(2 / 400))
+    assert replace(even, spread=0.2).density_ratio_sd == 0.2
+    assert replace(even, near=600).shows
+    assert not replace(even, near=600, spread=0.2).shows
 
 
 def test_a_slide_without_nuclei_has_figures_too() -> None:

@@ -1,7 +1,13 @@
 """Whether blocks show in the nuclei that were found: what lies on the seams between them, against what lies elsewhere.
 
-Elsewhere is a line down the middle of the same blocks, as long as the seams and in the same tissue. What nuclei look
-like by nature is then the same on both; what cutting does to them is on the seams alone.
+Elsewhere is a line down the middle of the block before each seam, as long as the seam and half a block away. What
+nuclei look like by nature is the same on both but for where tissue is denser; what cutting does to them is on the seams
+alone.
+
+The density ratio is 1 in the mean wherever nuclei lie without regard to the blocks. From one slide it is as sure as its
+standard deviation tells: nuclei come in crowds, and a slide of few blocks has few seams, of which one may run through a
+crowd and its line elsewhere through fat. So the deviation is not taken from the number of nuclei alone, but also from
+how much the seams of the slide differ among themselves, each against its own line.
 """
 
 from dataclasses import asdict, dataclass
@@ -45,6 +51,10 @@ class SeamFigures:
         Nuclei whose outline meets a seam.
     overlaps : int
         Pairs of them of which one covers a fifth or more of the smaller.
+    seams : int
+        Seams of one side of a block each.
+    spread : float
+        Standard deviation of the density ratio, from how the seams differ; 0 where there are fewer than two.
     """
 
     near_um: float = NEAR_UM
@@ -57,6 +67,8 @@ class SeamFigures:
     straight_elsewhere: int = 0
     crossing: int = 0
     overlaps: int = 0
+    seams: int = 0
+    spread: float = 0.0
 
     @property
     def density_ratio(self) -> float | None:
@@ -67,9 +79,9 @@ class SeamFigures:
 
     @property
     def density_ratio_sd(self) -> float | None:
-        """By how much chance alone moves that ratio."""
+        """By how much chance moves that ratio, be it that of single nuclei or that of the crowds they come in."""
         ratio = self.density_ratio
-        return ratio * sqrt(1 / max(1, self.near) + 1 / self.elsewhere) if ratio is not None else None
+        return None if ratio is None else max(self.spread, ratio * sqrt(1 / max(1, self.near) + 1 / self.elsewhere))
 
     @property
     def shows(self) -> bool:
@@ -119,7 +131,9 @@ class SeamCheck:
         # for a block: whether a seam is on its right, left, lower and upper side
         self._right, self._left = wanted & framed[1:-1, 2:], wanted & framed[1:-1, :-2]
         self._below, self._above = wanted & framed[2:, 1:-1], wanted & framed[:-2, 1:-1]
-        self._counts = dict.fromkeys(("near", "elsewhere", "straight", "straight_elsewhere", "crossing", "overlaps"), 0)
+        self._counts = dict.fromkeys(("straight", "straight_elsewhere", "crossing", "overlaps"), 0)
+        # centres by axis and by the block before the seam
+        self._near_seam, self._near_middle = np.zeros((2, *wanted.shape), int), np.zeros((2, *wanted.shape), int)
         self._held: npt.NDArray[np.object_] = np.empty(0, object)
 
     def add(self, x_px0: Floats, y_px0: Floats, polygons: npt.NDArray[np.object_], later_px0: float = -np.inf) -> None:
@@ -143,20 +157,24 @@ class SeamCheck:
         """What was counted so far."""
         height, width = self._sizes()
         near = self._near
-        near_px = elsewhere_px = seam_mm = 0.0
-        for seam, along, across, mpp in (
-            (self._right, height[:, None], width[None, :], self._grid.mpp_y),
-            (self._below.T, width[:, None], height[None, :], self._grid.mpp_x),
-        ):
-            beyond = np.minimum(near, np.append(across[0, 1:], 0))  # the last block may be a sliver
-            near_px += float((seam * along * (near + beyond)).sum())
-            elsewhere_px += float((seam * along * 2 * near).sum())
-            seam_mm += float((seam * along).sum()) * mpp / 1e3
+        seams = np.stack([self._right, self._below])
+        beyond_x, beyond_y = (
+            np.minimum(near, np.append(size[1:], 0)) for size in (width, height)
+        )  # it may be a sliver
+        lengths = np.stack(np.broadcast_arrays(height[:, None], width[None, :]))
+        near_px = (lengths * np.stack(np.broadcast_arrays(near + beyond_x[None, :], near + beyond_y[:, None])))[seams]
+        elsewhere_px = (lengths * 2 * near)[seams]
+        by_seam, by_middle = self._near_seam[seams], self._near_middle[seams]
+        seam_um = lengths * np.array([self._grid.mpp_y, self._grid.mpp_x])[:, None, None]
         return SeamFigures(
             near_um=near * self._grid.mpp,
-            seam_mm=seam_mm,
-            near_mm2=near_px * self._grid.pixel_um2 / 1e6,
-            elsewhere_mm2=elsewhere_px * self._grid.pixel_um2 / 1e6,
+            seam_mm=float(seam_um[seams].sum()) / 1e3,
+            near=int(by_seam.sum()),
+            elsewhere=int(by_middle.sum()),
+            near_mm2=float(near_px.sum()) * self._grid.pixel_um2 / 1e6,
+            elsewhere_mm2=float(elsewhere_px.sum()) * self._grid.pixel_um2 / 1e6,
+            seams=int(seams.sum()),
+            spread=_spread(by_seam, by_middle, near_px, elsewhere_px),
             **self._counts,
         )
 
@@ -175,14 +193,19 @@ class SeamCheck:
 
     def _count_centres(self, place: Floats, blocks: Longs) -> None:
         """`place` (N, 2) is counted from the corner of the block."""
-        column, row = blocks.T
         for axis, before, after in ((0, self._left, self._right), (1, self._above, self._below)):
-            seam_before, seam_after = before[row, column], after[row, column]
-            at = place[:, axis]
-            near = (seam_before & (at < self._near)) | (seam_after & (at >= self._side - self._near))
-            beside = seam_after & (np.abs(at - self._side // 2) < self._near)
-            self._counts["near"] += int(near.sum())
-            self._counts["elsewhere"] += int(beside.sum())
+            at, step = place[:, axis], np.eye(2, dtype=np.int64)[axis]
+            for counts, where, owner in (
+                (self._near_seam, (at < self._near) & before[blocks[:, 1], blocks[:, 0]], blocks - step),
+                (self._near_seam, (at >= self._side - self._near) & after[blocks[:, 1], blocks[:, 0]], blocks),
+                (
+                    self._near_middle,
+                    (np.abs(at - self._side // 2) < self._near) & after[blocks[:, 1], blocks[:, 0]],
+                    blocks,
+                ),
+            ):
+                column, row = owner[where].T
+                np.add.at(counts[axis], (row, column), 1)
 
     def _crossing(self, bounds: Floats) -> Bools:
         """Which boxes (N, 4), grid px, meet a seam."""
@@ -223,3 +246,13 @@ class SeamCheck:
         one, two = polygons[query[pairs]], self._held[other[pairs]]
         smaller = np.minimum(shapely.area(one), shapely.area(two))
         self._counts["overlaps"] += int((shapely.area(shapely.intersection(one, two)) >= OVERLAP * smaller).sum())
+
+
+def _spread(near: Longs, elsewhere: Longs, near_px: Floats, elsewhere_px: Floats) -> float:
+    """Standard deviation of the ratio of two densities, each a sum over the same seams (N,)."""
+    if near.size < 2 or not elsewhere.sum():
+        return 0.0
+    fair = near * (elsewhere_px.sum() / near_px.sum())  # as if both were counted in areas of one size
+    ratio = fair.sum() / elsewhere.sum()
+    squares = ((fair - ratio * elsewhere) ** 2).sum()
+    return float(sqrt(near.size / (near.size - 1) * squares) / elsewhere.sum())
