@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ORACLE
 from made_patches import write_set
+from reference_scores import assert_scores_agree
 from torch import nn
 from typer.testing import CliRunner
 
@@ -60,15 +61,6 @@ def write_truth(folder: Path, instances: np.ndarray, types: np.ndarray, names, m
     return PatchSet.open(folder)
 
 
-def agree(summary: dict, expected: dict) -> None:
-    for name in ("bPQ", "bDQ", "bSQ", "mPQ", "mDQ", "mSQ"):
-        assert summary[name] == pytest.approx(expected[name], abs=1e-9), name
-    assert summary["dice"] == pytest.approx(expected["Binary-Cell-Dice-Mean"], abs=1e-6)
-    assert summary["jaccard"] == pytest.approx(expected["Binary-Cell-Jacard-Mean"], abs=1e-6)
-    for name in ("f1", "precision", "recall"):
-        assert summary["detection"][name] == pytest.approx(expected[f"{name}_detection"], abs=1e-9)
-
-
 @pytest.mark.parity
 def test_pannuke_is_assessed_as_in_the_reference(tmp_path):
     arrays, expected = np.load(PARITY / "eval_pannuke.npz"), json.loads((PARITY / "eval_pannuke.json").read_text())
@@ -77,7 +69,7 @@ def test_pannuke_is_assessed_as_in_the_reference(tmp_path):
     network = Replay(arrays["pred_np"], arrays["pred_type"], arrays["pred_hv_q"], 6)
     model = (network, SPECS["cellvta-uni"], "0" * 64)
     made = assess(model, patches, "test", "pannuke", device="cpu", batch_size=4)
-    agree(made.scores["published"], expected["results"]["dataset"])
+    assert_scores_agree(made.scores["published"], expected["results"]["dataset"])
     for name, values in made.scores["published"]["tissues"].items():
         assert values["mPQ"] == pytest.approx(expected["results"]["tissue_metrics"][name.lower()]["mPQ"], abs=1e-6)
     assert made.scores["strict"]["mPQ"] <= made.scores["published"]["mPQ"]
@@ -98,7 +90,7 @@ def test_conic_is_assessed_as_in_the_reference(tmp_path):
         scores[protocol] = assess((network, spec, "0" * 64), patches, "test", protocol, device="cpu").scores[
             "published"
         ]
-    agree(scores["conic"], expected)
+    assert_scores_agree(scores["conic"], expected)
     assert scores["conic-corrected"]["detection"]["recall"] > scores["conic"]["detection"]["recall"]
 
 
