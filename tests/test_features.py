@@ -103,6 +103,23 @@ def test_a_nucleus_too_wide_for_the_halo_is_reported() -> None:
     assert in_blocks(maps, 600, grid_of(maps.nuclei))[1].wide == 0
 
 
+def test_only_what_is_too_wide_for_the_halo_differs_between_blocks() -> None:
+    places = [(x, y) for x in range(25, 1000, 55) for y in range(25, 900, 55)]
+    around = [(x, y) for x, y in places if ((x - 500) / 290) ** 2 + ((y - 450) / 250) ** 2 > 1]
+    maps = maps_of(draw_ellipses((900, 1000), [(500, 450, 260, 220, 0), *((x, y, 14, 11, 0.6) for x, y in around)]))
+    grid = grid_of(maps.nuclei)
+    whole, parts = in_blocks(maps, 1024, grid)[0], in_blocks(maps, 192, grid)[0]
+    giant = shapely.Point(0, 0).buffer(1, quad_segs=64)
+    giant = shapely.transform(giant, lambda xy: xy * (265, 225) + (500, 450))
+    assert not parts.equals(whole)
+    for nuclei in (whole, parts):
+        assert nuclei.num_rows > len(around)
+    beside = [~shapely.intersects(shapely.from_wkb(nuclei["geometry"].to_numpy()), giant) for nuclei in (whole, parts)]
+    whole, parts = (nuclei.filter(pa.array(keep)) for nuclei, keep in zip((whole, parts), beside, strict=True))
+    assert whole.num_rows == len(around)
+    assert parts.equals(whole)
+
+
 def test_what_was_read_beyond_the_slide_is_not_looked_at() -> None:
     maps = maps_of(at_the_edge()[:300, :300])
     grid = grid_of(maps.nuclei)
