@@ -169,3 +169,99 @@ def test_an_array_that_needs_pickle_is_refused_and_not_built(tmp_path, monkeypat
     with pytest.raises(DataError, match="cannot be read as an array"):
         PatchSet.open(folder)
     assert not (tmp_path / "hacked").exists()
+
+
+def test_a_sheet_with_a_quotation_mark_left_open_is_refused(tmp_path):
+    from wsipipe.cohort import read_sheet
+
+    path = tmp_path / "slides.tsv"
+    path.write_text('slide\tpath\na\t"' + "x" * 200_000)
+    with pytest.raises(ConfigError, match="is no table: field larger"):
+        read_sheet(path)
+
+
+def with_names(value):
+    return f'{{"type": "FeatureCollection", "wsipipe": {value}, "features": []}}'.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.geojson", b'{"features": [\xff]}'),
+        ("b.geojson", with_names("0.5")),
+        ("c.geojson", with_names('{"mpp_x0": 0.25}')),
+        ("d.geojson", with_names('{"offset_px0": {"a": "b"}, "mpp_x0": [], "mpp_y0": 0.5}')),
+        ("e.geojson", b"[[1, 2]"),
+        ("f.geojson", b'{"features": ' + b"[" * 100_000),
+        ("g.npy", b"\x93NUMPY\x01\x00\x16\x00{'descr': '<u2', ((((\n"),
+        ("h.parquet", b"PAR1" + bytes(40) + b"\x10\x00\x00\x00PAR1"),
+    ],
+)
+def test_what_is_compared_may_be_damaged_in_any_way(name, content, tmp_path):
+    from wsipipe.stages.compare import read_nuclei_file
+
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises((DataError, StoreError)) as refusal:
+        read_nuclei_file(path)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_geojson_bomb_is_refused_before_it_fills_the_memory(tmp_path):
+    import gzip
+
+    from wsipipe.stages.compare import read_nuclei_file
+
+    path = tmp_path / "bomb.geojson.gz"
+    path.write_bytes(gzip.compress(b" " * (40 << 20), 1))
+    with pytest.raises(DataError, match="no FeatureCollection"):
+        read_nuclei_file(path)
+
+
+@pytest.mark.parametrize("kind", ["wide", "flat"])
+def test_an_encoder_whose_tensors_cannot_be_is_refused(kind, tmp_path):
+    import torch
+
+    from wsipipe.model.encoder import make_encoder
+    from wsipipe.model.weights import load_encoder
+
+    encoder = make_encoder(dim=16, depth=1, heads=2)
+    state = dict(encoder.state_dict())
+    state["pos_embed"] = torch.zeros(1).expand(1, 1 << 33) if kind == "wide" else torch.zeros(1, 7, 16)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ModelError, match=r"pos_embed (of shape .* fewer values|has shape)"):
+        load_encoder(encoder, tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.magnification", 1e300),
+        ("transformations.normalize.std", [0.0, 0.0, 0.0]),
+        ("dataset_config.nuclei_types.Other", None),
+        ("dataset_config.nuclei_types.Other", [1]),
+    ],
+)
+def test_settings_in_a_foreign_checkpoint_may_be_of_any_kind(key, value):
+    from test_upstream import as_published, small_network
+
+    from wsipipe.model.upstream import recognise
+
+    content = as_published(small_network())
+    content["config"] = {**content["config"], key: value}
+    if "nuclei_types" in key:  # left out, as if it told nothing
+        assert recognise(content, "x")[0].class_names[0] == "background"
+    else:
+        with pytest.raises(ModelError, match="is not whole"):
+            recognise(content, "x")
+
+
+def test_a_foreign_checkpoint_without_one_of_its_tensors_is_refused():
+    from test_upstream import as_published, small_network
+
+    from wsipipe.model.upstream import recognise
+
+    content = as_published(small_network())
+    del content["model_state_dict"]["encoder.interactions.0.extractor.ffn.fc1.weight"]
+    with pytest.raises(ModelError, match="is not whole"):
+        recognise(content, "x")

@@ -178,7 +178,10 @@ def read_sheet(path: Path, made: Collection[str] = (), *, check_files: bool = Tr
         remarks.append("a byte order mark")
     if "\r" in text:
         remarks.append("Windows line ends")
-    rows, wrong = _parse(text.removeprefix(BYTE_ORDER_MARK), made, check_files)
+    try:
+        rows, wrong = _parse(text.removeprefix(BYTE_ORDER_MARK), made, check_files)
+    except csv.Error as error:
+        raise ConfigError(f"the slide sheet {path} is no table: {error}; is a quotation mark left open?") from error
     also = f"{path} has {' and '.join(remarks)}, which do no harm" if remarks else ""
     if wrong:
         shown = wrong[:MOST_FAULTS]

@@ -89,13 +89,13 @@ class ModelSpec:
                 class_colours=colours,
                 tile_step=(spec.tile_step[0], spec.tile_step[1]),
             )
-            spec._require_sense()
+            spec.require_sense()
             return spec
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             said = " ".join(str(error).split())
             raise ModelError(f"the checkpoint's description cannot be read: {said:.300}") from error
 
-    def _require_sense(self) -> None:
+    def require_sense(self) -> None:
         """Raise ValueError or TypeError for values that no network has: a file from elsewhere may say anything."""
         texts = (self.name, self.architecture, self.source, self.licence, *self.class_names)
         if not all(isinstance(text, str) for text in texts) or not self.name.isprintable():

@@ -64,7 +64,13 @@ def recognise(content: Mapping[str, Any], name: str) -> tuple[ModelSpec, dict[st
     state = _state_of(content)
     for has, take in _PROJECTS:
         if has <= state.keys():
-            return take(state, _flat(content.get("config")), name)
+            try:
+                spec, weights = take(state, _flat(content.get("config")), name)
+                spec.require_sense()
+            except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+                said = " ".join(str(error).split())
+                raise ModelError(f"{name} looks like a {take.__name__[1:]} but is not whole: {said:.300}") from error
+            return spec, weights
     if encoder_state(state) is not None:
         raise ModelError(
             f"{name} holds the weights of an encoder alone: it can start a training (encoder_weights), not find nuclei"
@@ -94,6 +100,9 @@ def _state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
             found = found[key]
             break
     state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    for key, value in state.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # one number may stand for many
+            raise ModelError(f"the tensor {key} of shape {tuple(value.shape)} has fewer values in the file than places")
     if state and all(key.startswith("module.") for key in state):  # of DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
@@ -131,7 +140,8 @@ def _described(spec: ModelSpec, config: Mapping[str, Any], classes: int, name: s
     magnification = config.get("data.magnification")
     mpp = 10.0 / magnification if isinstance(magnification, int | float) and magnification > 0 else spec.mpp
     prefix = "dataset_config.nuclei_types."
-    ids = {value: key.removeprefix(prefix) for key, value in config.items() if key.startswith(prefix)}
+    given = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
+    ids = {value: key for key, value in given.items() if isinstance(value, int)}
     if sorted(ids) == list(range(classes)):
         names = ("background", *(ids[k].lower().replace("_", " ") for k in range(1, classes)))
     elif classes == len(PANNUKE_CLASSES):

@@ -217,7 +217,11 @@ def load_encoder(encoder: Encoder, source: str | Path) -> None:
     expected = encoder.state_dict()
     weights = {key: value.float() for key, value in found.items() if key in expected}
     if "pos_embed" in weights and weights["pos_embed"].ndim == 3 == expected["pos_embed"].ndim:
-        weights["pos_embed"] = _fitting_positions(encoder, weights["pos_embed"], expected["pos_embed"])
+        try:
+            weights["pos_embed"] = _fitting_positions(encoder, weights["pos_embed"], expected["pos_embed"])
+        except (RuntimeError, ValueError, ZeroDivisionError) as error:
+            shape = tuple(weights["pos_embed"].shape)
+            raise ModelError(f"{source}: pos_embed of shape {shape} holds the positions of no square grid") from error
     check_weights(path, encoder, weights)
     encoder.load_state_dict(weights, strict=True)
     log.info("encoder: %d tensors from %s", len(weights), source)

@@ -4,7 +4,6 @@ import gzip
 import json
 import logging
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import tifffile
 from PIL import Image
 
 from wsipipe.comparison import OutlinedNuclei, Scores, compare, to_table
-from wsipipe.errors import ConfigError, DataError, StoreError
+from wsipipe.errors import ConfigError, DataError, StoreError, WsipipeError
 from wsipipe.folder import write_record
 from wsipipe.outlines import trace_outlines
 from wsipipe.rings import closed_rings
@@ -30,6 +29,7 @@ log = logging.getLogger(__name__)
 
 RADIUS_UM = 3.0  # how far apart the centres of a pair may be: 12 px at 0.25 µm/px, as usual
 PIECE = 1 << 20  # characters of a GeoJSON file read at a time
+MOST_TEXT = 16 * PIECE  # of one feature, and before and after all of them
 AREAS = ("Polygon", "MultiPolygon")
 
 
@@ -105,11 +105,20 @@ def read_nuclei_file(path: Path, at: tuple[int, int] = (0, 0)) -> NucleiFile:
     if not path.exists():
         raise StoreError(f"{path} does not exist; give a table, a GeoJSON file or a mask of nuclei")
     name = path.name.lower()
-    if name.endswith(".parquet"):
-        return _read_table(path)
-    if name.removesuffix(".gz").endswith((".geojson", ".json")):
-        return _read_geojson(path)
-    return _read_mask(path, at)
+    kind = "is neither a table, nor GeoJSON, nor a mask of nuclei"
+    try:
+        if name.endswith(".parquet"):
+            kind = "cannot be read as a table of nuclei"
+            return _read_table(path)
+        if name.removesuffix(".gz").endswith((".geojson", ".json")):
+            kind = "cannot be read as GeoJSON of nuclei"
+            return _read_geojson(path)
+        return _read_mask(path, at)
+    except WsipipeError:
+        raise
+    except Exception as error:  # each format and codec has its own, and what a file holds may be of any type
+        said = " ".join(str(error).split())
+        raise DataError(f"{path} {kind}: {said or type(error).__name__}") from error
 
 
 def _read_table(path: Path) -> NucleiFile:
@@ -118,7 +127,7 @@ def _read_table(path: Path) -> NucleiFile:
     except StoreError as ours:
         try:
             frame = geopandas.read_parquet(path)
-        except (ValueError, pa.ArrowInvalid):
+        except (OSError, ValueError, pa.ArrowInvalid):
             raise ours from None
         types = frame["type"].fillna("") if "type" in frame else np.full(len(frame), "")
         return NucleiFile(_outlined(path, frame.geometry.to_numpy(), np.asarray(types, str)), None, None)
@@ -135,28 +144,16 @@ def _read_geojson(path: Path) -> NucleiFile:
     outlines: list[shapely.Geometry] = []
     types: list[str] = []
     told: dict[str, Any] = {}
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig")
-            if path.suffix.lower() == ".gz"
-            else path.open(encoding="utf-8-sig") as file
-        ):
-            for feature in read_features(file, told):
-                outlines.append(shapely.geometry.shape(feature["geometry"]))
-                properties = feature.get("properties") or {}
-                kind = properties.get("classification") or {}
-                types.append(str(kind.get("name", "") if isinstance(kind, dict) else kind))
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        shapely.GEOSException,
-    ) as error:
-        raise DataError(f"{path} cannot be read as GeoJSON of nuclei: {error}") from error
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig")
+        if path.suffix.lower() == ".gz"
+        else path.open(encoding="utf-8-sig") as file
+    ):
+        for feature in read_features(file, told):
+            outlines.append(shapely.geometry.shape(feature["geometry"]))
+            properties = feature.get("properties") or {}
+            kind = properties.get("classification") or {}
+            types.append(str(kind.get("name", "") if isinstance(kind, dict) else kind))
     ours = told.get("wsipipe") or {}
     polygons = np.array(outlines, object)
     if any(ours.get("offset_px0", ())):
@@ -175,7 +172,7 @@ def read_features(file: TextIO, told: dict[str, Any]) -> Iterator[dict[str, Any]
     """
     text, decode = "", json.JSONDecoder().raw_decode
     while (start := text.find('"features"')) < 0:
-        if not (more := file.read(PIECE)):
+        if not (more := file.read(PIECE)) or len(text) > MOST_TEXT:
             raise ValueError("it is no FeatureCollection")
         text += more
     told |= json.loads(text[:start].rstrip().rstrip(",") + "}")
@@ -199,12 +196,14 @@ def read_features(file: TextIO, told: dict[str, Any]) -> Iterator[dict[str, Any]
                 feature, at = decode(text, at)
                 break
             except json.JSONDecodeError:
-                if not (more := file.read(PIECE)):
+                if not (more := file.read(PIECE)) or len(text) - at > MOST_TEXT:
                     raise
                 text, at = text[at:] + more, 0
         first = False
         yield feature
-    rest = "{" + (text[at + 1 :] + file.read()).lstrip().removeprefix(",")
+    rest = "{" + (text[at + 1 :] + file.read(MOST_TEXT)).lstrip().removeprefix(",")
+    if file.read(1):
+        raise ValueError(f"more than {MOST_TEXT} characters follow its features")
     told |= json.loads(rest)
 
 
@@ -221,16 +220,13 @@ def _significant(file: TextIO, text: str, at: int) -> tuple[int, str]:
 
 
 def _read_mask(path: Path, at: tuple[int, int]) -> NucleiFile:
-    try:
-        if path.suffix.lower() == ".npy":
-            mask = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() in (".tif", ".tiff"):
-            mask = tifffile.imread(path)
-        else:
-            with Image.open(path) as image:
-                mask = np.asarray(image)
-    except (OSError, ValueError, tifffile.TiffFileError) as error:
-        raise DataError(f"{path} is neither a table, nor GeoJSON, nor a mask of nuclei: {error}") from error
+    if path.suffix.lower() == ".npy":
+        mask = np.load(path, allow_pickle=False)
+    elif path.suffix.lower() in (".tif", ".tiff"):
+        mask = tifffile.imread(path)
+    else:
+        with Image.open(path) as image:
+            mask = np.asarray(image)
     if mask.ndim != 2 or mask.dtype.kind not in "iu" or (mask.size and mask.min() < 0):
         raise DataError(f"{path} is an image of {mask.shape} {mask.dtype}, no mask of one whole number a pixel")
     ids, labels = np.unique(mask, return_inverse=True)
