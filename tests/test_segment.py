@@ -218,3 +218,22 @@ def test_a_model_of_another_name_is_not_mixed_into_a_run(tiny, oracle, tmp_path)
     other = (network, replace(spec, notes={"run": 2}), "ff" * 32)
     with open_slide(tiny.path) as slide, pytest.raises(StoreError, match="weights_sha256"):
         segment(slide, other, ResultFolder(tmp_path / "out"), Config(), device="cpu", precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        ({"device": "nonsense"}, {}, "device 'nonsense' is not here"),
+        ({"precision": "fp7"}, {}, "precision 'fp7' is unknown"),
+        ({"scheduler": "nobody"}, {}, "--scheduler nobody"),
+        ({"workers": 0}, {}, "0 workers"),
+        ({}, {"maps": {"halo_px": 48}}, "maps.tile_px and maps.halo_px"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_slide_is_read(
+    options, settings, message, tiny, oracle, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("wsipipe.stages.segment.find_tissue", lambda *_, **__: pytest.fail("the tissue was looked for"))
+    with open_slide(tiny.path) as slide, pytest.raises(ConfigError, match=message):
+        segment(slide, load_model(oracle), ResultFolder(tmp_path / "out"), Config(**settings), **options)
+    assert not (tmp_path / "out").exists()

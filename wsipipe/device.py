@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from wsipipe.errors import ConfigError
 
@@ -39,6 +39,12 @@ def choose_device(name: str = "auto") -> "torch.device":
     return torch.device(wanted)
 
 
+def require_precision(name: str) -> None:
+    """Raise ConfigError if there is no arithmetic of that name."""
+    if name not in ("auto", *get_args(Precision)):
+        raise ConfigError(f"precision '{name}' is unknown; choose auto, {', '.join(get_args(Precision))}")
+
+
 def choose_precision(name: str, device: "torch.device") -> Precision:
     """The arithmetic of that name, or the fastest that the device does in hardware and that is exact enough.
 
@@ -49,16 +55,14 @@ def choose_precision(name: str, device: "torch.device") -> Precision:
     """
     import torch
 
+    require_precision(name)
     if name == "auto":
         if device.type == "cuda":
             return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
-    for precision in get_args(Precision):
-        if name == precision:
-            if device.type == "cpu" and name != "fp32" and not _cpu_has_bf16():
-                log.warning("this CPU has no %s units: fp32 is many times faster", name)
-            return precision  # type: ignore[no-any-return]
-    raise ConfigError(f"precision '{name}' is unknown; choose auto, {', '.join(get_args(Precision))}")
+    if device.type == "cpu" and name != "fp32" and not _cpu_has_bf16():
+        log.warning("this CPU has no %s units: fp32 is many times faster", name)
+    return cast(Precision, name)
 
 
 def torch_dtype(precision: Precision) -> "torch.dtype":

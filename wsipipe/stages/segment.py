@@ -13,9 +13,10 @@ from pathlib import Path
 from torch import nn
 
 from wsipipe.config import Config
+from wsipipe.device import choose_device, require_precision
 from wsipipe.folder import ResultFolder, write_record
 from wsipipe.geojson import Form
-from wsipipe.model.spec import ModelSpec
+from wsipipe.model.spec import ModelSpec, tile_geometry
 from wsipipe.seams import SeamFigures
 from wsipipe.slide import Slide
 from wsipipe.stages.export import make_export
@@ -23,7 +24,7 @@ from wsipipe.stages.maps import MapsSummary, make_maps
 from wsipipe.stages.nuclei import NucleiRun, NucleiSummary
 from wsipipe.stages.report import make_report
 from wsipipe.stages.tissue import find_tissue, write_tissue
-from wsipipe.stages.workers import hired
+from wsipipe.stages.workers import hired, require_scheduler
 from wsipipe.table import NucleiMeta
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,11 @@ def segment(
     WsipipeError
         If anything does not allow it; what is finished stays, and the same call goes on from there.
     """
+    # Whatever costs nothing to check, before anything that takes time; `make_maps` and `hired` do it again.
+    choose_device(device)
+    require_precision(precision)
+    tile_geometry(model[1], config.maps)
+    require_scheduler(scheduler, workers)
     with folder.claimed(slide, folder.tissue, folder.nuclei, folder.geojson, folder.report):
         clock = _Clock()
         tissue = find_tissue(slide, config.tissue, roi=roi, everywhere=everywhere)

@@ -90,6 +90,14 @@ def _result(future: Any, block: int) -> Any:
         raise
 
 
+def require_scheduler(scheduler: str, workers: int | None) -> None:
+    """Raise ConfigError for arguments of `hired` that can mean nothing; asks no scheduler."""
+    if workers is not None and workers < 1:
+        raise ConfigError(f"{workers} workers do nothing; give at least 1")
+    if scheduler not in ("threads", "processes") and "://" not in scheduler:
+        raise ConfigError(f"--scheduler {scheduler} is none of threads, processes, tcp://HOST:PORT")
+
+
 @contextmanager
 def hired(scheduler: str, workers: int | None) -> Iterator[Workers]:
     """Workers for as long as the context lasts.
@@ -106,15 +114,12 @@ def hired(scheduler: str, workers: int | None) -> Iterator[Workers]:
     ConfigError
         If there is no such scheduler, or it does not answer.
     """
+    require_scheduler(scheduler, workers)
     count = usable_cpus() if workers is None else workers
-    if count < 1:
-        raise ConfigError(f"{count} workers do nothing; give at least 1")
     with ExitStack() as stack:
         if scheduler == "threads":
             yield Workers(_Threads(stack.enter_context(concurrent.futures.ThreadPoolExecutor(count)), count))
             return
-        if scheduler != "processes" and "://" not in scheduler:
-            raise ConfigError(f"--scheduler {scheduler} is none of threads, processes, tcp://HOST:PORT")
         from distributed import Client, LocalCluster
 
         if scheduler == "processes":
