@@ -15,6 +15,7 @@ from wsipipe.features import nuclei_of_block
 from wsipipe.geometry import Grid, partition
 from wsipipe.maps import Maps
 from wsipipe.seams import SeamCheck, SeamFigures
+from wsipipe.tissue import TissueMask
 
 CONFIG = NucleiConfig()
 SIDE = 200
@@ -39,8 +40,14 @@ def found(maps: Maps, halo: int, grown: int = 0) -> pa.Table:
     return pa.Table.from_batches(batches).sort_by("y_px0")
 
 
+def whole(grid: Grid) -> TissueMask:
+    """Tissue everywhere."""
+    scales = grid.scale_x * grid.width, grid.scale_y * grid.height
+    return TissueMask(np.ones((1, 1), bool), Grid(1, 1, *scales, grid.mpp_x0, grid.mpp_y0))
+
+
 def checked(nuclei: pa.Table, parts: int = 1, wanted: npt.NDArray[np.bool_] = WANTED, side: int = SIDE) -> SeamFigures:
-    check = SeamCheck(GRID, side, wanted, CONFIG.halo_px)
+    check = SeamCheck(GRID, side, wanted, CONFIG.halo_px, whole(GRID))
     for rows in np.array_split(np.arange(len(nuclei)), parts):
         x, y, outlines = (nuclei[name].to_numpy()[rows] for name in ("x_px0", "y_px0", "geometry"))
         check.add(x, y, shapely.from_wkb(outlines), y[-1] if len(y) else 0)
@@ -94,7 +101,7 @@ def test_only_seams_between_blocks_with_tissue_count(maps: Maps) -> None:
     one[2, 3] = True
     pair = checked(nuclei, wanted=one)
     assert pair.seam_mm == pytest.approx(SIDE * 0.25 / 1000)
-    assert pair.near_mm2 == pair.elsewhere_mm2 == pytest.approx(SIDE * 64 * 0.0625 / 1e6)
+    assert [pair.near_mm2, pair.elsewhere_mm2] == pytest.approx([SIDE * 64 * 0.0625 / 1e6] * 2)
     assert 0 < pair.near < 40
 
 
@@ -102,7 +109,7 @@ def test_centres_and_edges_are_counted_where_they_lie() -> None:
     grid, wanted = Grid(400, 200, 1.0, 1.0, 0.25, 0.25), np.ones((1, 2), bool)
 
     def figures(*boxes: tuple[float, float, float, float]) -> dict[str, Any]:
-        check = SeamCheck(grid, 200, wanted, 64)
+        check = SeamCheck(grid, 200, wanted, 64, whole(grid))
         shapes = shapely.box(*np.array(boxes, float).T)
         centres = shapely.get_coordinates(shapely.centroid(shapes))
         check.add(centres[:, 0], centres[:, 1], shapes)
@@ -130,7 +137,7 @@ def scores(seeds: int, crowded: bool) -> npt.NDArray[np.float64]:
             xy = middles[rng.integers(0, 25, 4000)] + rng.normal(0, 60, (4000, 2))
         column, row = np.clip(xy // side, 0, (8, 6)).astype(int).T
         xy = xy[wanted[row, column] & (xy >= 0).all(1) & (xy < (grid.width, grid.height)).all(1)]
-        check = SeamCheck(grid, side, wanted, 64)
+        check = SeamCheck(grid, side, wanted, 64, whole(grid))
         check.add(*xy.T, shapely.box(xy[:, 0] - 3, xy[:, 1] - 3, xy[:, 0] + 3, xy[:, 1] + 3))
         figures = check.figures()
         assert figures.density_ratio is not None
@@ -156,7 +163,7 @@ def test_crowds_make_the_ratio_less_sure_than_as_many_nuclei_each_for_itself() -
 
 
 def test_a_slide_without_nuclei_has_figures_too() -> None:
-    figures = SeamCheck(GRID, SIDE, WANTED, 64).figures()
+    figures = SeamCheck(GRID, SIDE, WANTED, 64, whole(GRID)).figures()
     assert figures.near == 0
     assert not figures.shows
     assert figures.to_json()["density_ratio"] is None
@@ -164,6 +171,47 @@ def test_a_slide_without_nuclei_has_figures_too() -> None:
 
 def test_the_last_block_may_be_a_sliver() -> None:
     grid = Grid(205, 100, 1.0, 1.0, 0.25, 0.25)
-    figures = SeamCheck(grid, 100, np.ones((1, 3), bool), 64).figures()
+    figures = SeamCheck(grid, 100, np.ones((1, 3), bool), 64, whole(grid)).figures()
     assert figures.near_mm2 == pytest.approx(100 * (50 + 30) * 0.0625 / 1e6)  # 25 px, and 5 beyond the last seam
     assert figures.elsewhere_mm2 == pytest.approx(100 * (50 + 50) * 0.0625 / 1e6)
+
+
+def of_nuclei_anywhere(islands: int, seed: int, thinned: float = 0.0) -> SeamFigures:
+    """Of small nuclei thrown anywhere on round islands of tissue, so many taken away right of the islands' middles."""
+    grid, side, step = Grid(3000, 2600, 2.0, 2.0, 0.125, 0.125), 500, 7
+    rng = np.random.default_rng(seed)
+    middles, radii = rng.uniform(0, (3000, 2600), (islands, 2)), rng.uniform(150, 500, islands)
+    row, column = np.indices((-(-grid.height // step), -(-grid.width // step)))
+    places = (np.stack([column, row], axis=-1)[..., None, :] + 0.5) * step
+    mask = (np.hypot(*np.moveaxis(places - middles, -1, 0)) < radii).any(-1)
+    tissue = TissueMask(mask, Grid(mask.shape[1], mask.shape[0], 2.0 * step, 2.0 * step, 0.125, 0.125))
+    wanted = np.zeros((6, 6), bool)
+    wanted[row[mask] * step // side, column[mask] * step // side] = True  # a block with any tissue is worked on
+    xy = rng.uniform(0, (6000, 5200), (40_000, 2))
+    xy = xy[tissue.holds(xy)]
+    xy = xy[((xy[:, None] / 2 - middles)[..., 0].min(1) < 0) | (rng.uniform(size=len(xy)) >= thinned)]
+    check = SeamCheck(grid, side, wanted, 64, tissue)
+    check.add(*xy.T, shapely.box(*(xy - 1).T, *(xy + 1).T))
+    return check.figures()
+
+
+@pytest.mark.parametrize("islands", [1, 6])
+def test_nuclei_that_lie_anywhere_on_tissue_are_as_dense_on_seams_as_elsewhere(islands: int) -> None:
+    found = [of_nuclei_anywhere(islands, seed) for seed in range(50)]
+    told = [figures for figures in found if figures.density_ratio is not None]
+    assert len(told) > 35
+    ratio, sd = np.array([(figures.density_ratio, figures.density_ratio_sd) for figures in told]).T
+    weights = 1 / sd**2
+    assert np.average(ratio, weights=weights) == pytest.approx(1, abs=3 / np.sqrt(weights.sum()))
+    assert 0.6 < ((ratio - 1) / sd).std() < 1.2
+    assert (np.abs(ratio - 1) < 4 * sd).all()
+    # the middles of blocks that tissue only meets lie beside it: by the area of blocks seams would seem denser
+    assert sum(figures.near for figures in told) > 1.15 * sum(figures.elsewhere for figures in told)
+
+
+def test_the_error_told_holds_where_tissue_is_denser_on_one_side() -> None:
+    told = [of_nuclei_anywhere(6, seed, thinned=0.8) for seed in range(50)]
+    ratio, sd = np.array([(figures.density_ratio, figures.density_ratio_sd) for figures in told]).T
+    by_chance = np.array([np.sqrt(1 / figures.near + 1 / figures.elsewhere) for figures in told])
+    assert ((ratio - 1) / by_chance).std() > 1.6  # of numbers that differ by chance alone it would be 1
+    assert ((ratio - 1) / sd).std() < 1.3

@@ -157,7 +157,7 @@ def test_the_record_tells_of_seams_and_of_nuclei_wider_than_the_halo(made: Made)
     seams = record["seams"]
     assert set(seams) == {
         "near_um", "seam_mm", "near", "elsewhere", "near_mm2", "elsewhere_mm2", "density_ratio", "density_ratio_sd",
-        "straight", "straight_elsewhere", "crossing", "overlaps", "shows",
+        "straight", "straight_elsewhere", "crossing", "overlaps", "seams", "spread", "shows",
     }  # fmt: skip
     assert seams["seam_mm"] == pytest.approx((4 * 840 + 4 * 960) * 0.25 / 1000)
     assert seams["crossing"] > 100

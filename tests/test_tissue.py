@@ -191,6 +191,21 @@ def test_a_region_keeps_the_tissue_that_it_touches(width, height, corners):
     np.testing.assert_array_equal(mask.mask, cells_sharing_area(region, grid))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), st.lists(st.integers(0, 31), min_size=4, max_size=4))
+def test_tissue_in_a_rectangle_is_its_area_and_holds_the_points_in_it(seed, corners):
+    """On a mask of pixels of 4 x 2 px, with a slide of 31 px that reaches beyond its last whole one."""
+    mask = np.random.default_rng(seed).random((15, 7)) < 0.5
+    tissue = TissueMask(mask, Grid(7, 15, 4.0, 2.0, 0.25, 0.25))
+    fine = np.pad(np.kron(mask, np.ones((2, 4), bool)), ((0, 1), (0, 3)), mode="edge")
+    (x0, x1), (y0, y1) = sorted(corners[:2]), sorted(corners[2:])
+    areas = tissue.area_px0(np.array([[x0, y0], [x0, y0]], float), np.array([[x1, y1], [x0, y1]], float))
+    assert areas.tolist() == [fine[y0:y1, x0:x1].sum(), 0]
+    rows, columns = np.indices(fine.shape)
+    held = tissue.holds(np.stack([columns.ravel(), rows.ravel()], axis=1) + 0.5)
+    np.testing.assert_array_equal(held.reshape(fine.shape), fine)
+
+
 def test_a_region_adds_no_tissue_and_its_edge_touches_no_neighbour():
     grid = Grid(10, 10, 32, 32, 0.25, 0.25)
     tissue = np.zeros((10, 10), bool)

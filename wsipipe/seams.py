@@ -2,7 +2,7 @@
 
 Elsewhere is a line down the middle of the block before each seam, as long as the seam and half a block away. What
 nuclei look like by nature is the same on both but for where tissue is denser; what cutting does to them is on the seams
-alone.
+alone. Density is that on tissue: a piece that two blocks share covers their seam, but not always their middles.
 
 The density ratio is 1 in the mean wherever nuclei lie without regard to the blocks. From one slide it is as sure as its
 standard deviation tells: nuclei come in crowds, and a slide of few blocks has few seams, of which one may run through a
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import shapely
 
 from wsipipe.geometry import Grid
+from wsipipe.tissue import TissueMask
 
 Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
@@ -42,9 +43,9 @@ class SeamFigures:
     seam_mm : float
         Length of all seams between blocks with tissue.
     near, elsewhere : int
-        Centres near a seam, and near a line elsewhere.
+        Centres on tissue near a seam, and near a line elsewhere.
     near_mm2, elsewhere_mm2 : float
-        The area in which they were counted.
+        The area of tissue in which they were counted.
     straight, straight_elsewhere : int
         Nuclei with a straight edge, 3 µm or longer, that lies on a seam, or on a line elsewhere.
     crossing : int
@@ -73,7 +74,7 @@ class SeamFigures:
     @property
     def density_ratio(self) -> float | None:
         """Nuclei per area near seams over those elsewhere; None where there are no seams, or no nuclei elsewhere."""
-        if not self.near_mm2 or not self.elsewhere:
+        if not self.near_mm2 or not self.elsewhere_mm2 or not self.elsewhere:
             return None
         return (self.near / self.near_mm2) / (self.elsewhere / self.elsewhere_mm2)
 
@@ -122,9 +123,11 @@ class SeamCheck:
         Blocks with tissue. A seam is where two of them meet.
     halo_px : int
         How far a nucleus reaches from its centre at most, for overlaps to be found.
+    tissue : TissueMask
+        Where density is compared.
     """
 
-    def __init__(self, grid: Grid, side: int, wanted: Bools, halo_px: int) -> None:
+    def __init__(self, grid: Grid, side: int, wanted: Bools, halo_px: int, tissue: TissueMask) -> None:
         self._grid, self._side, self._halo_px0 = grid, side, halo_px * grid.scale_y
         self._near = min(NEAR_UM / grid.mpp, side / 4)
         framed = np.pad(wanted, 1)
@@ -134,14 +137,15 @@ class SeamCheck:
         self._counts = dict.fromkeys(("straight", "straight_elsewhere", "crossing", "overlaps"), 0)
         # centres by axis and by the block before the seam
         self._near_seam, self._near_middle = np.zeros((2, *wanted.shape), int), np.zeros((2, *wanted.shape), int)
+        self._tissue = tissue
         self._held: npt.NDArray[np.object_] = np.empty(0, object)
 
     def add(self, x_px0: Floats, y_px0: Floats, polygons: npt.NDArray[np.object_], later_px0: float = -np.inf) -> None:
         """Count nuclei by their centres (N,) and outlines (N,), level-0 px; later ones have y >= `later_px0`."""
         centres = self._grid.from_px0(np.stack([x_px0, y_px0], axis=1))
         blocks = self._blocks(centres)
-        place = centres - blocks * self._side
-        self._count_centres(place, blocks)
+        on_tissue = self._tissue.holds(np.stack([x_px0, y_px0], axis=1))
+        self._count_centres((centres - blocks * self._side)[on_tissue], blocks[on_tissue])
 
         bounds = shapely.bounds(polygons) / np.tile((self._grid.scale_x, self._grid.scale_y), 2)
         for offset, name in ((0, ""), (self._side // 2, "_elsewhere")):
@@ -155,20 +159,18 @@ class SeamCheck:
 
     def figures(self) -> SeamFigures:
         """What was counted so far."""
-        height, width = self._sizes()
-        near = self._near
         seams = np.stack([self._right, self._below])
-        beyond_x, beyond_y = (
-            np.minimum(near, np.append(size[1:], 0)) for size in (width, height)
-        )  # it may be a sliver
-        lengths = np.stack(np.broadcast_arrays(height[:, None], width[None, :]))
-        near_px = (lengths * np.stack(np.broadcast_arrays(near + beyond_x[None, :], near + beyond_y[:, None])))[seams]
-        elsewhere_px = (lengths * 2 * near)[seams]
         by_seam, by_middle = self._near_seam[seams], self._near_middle[seams]
-        seam_um = lengths * np.array([self._grid.mpp_y, self._grid.mpp_x])[:, None, None]
+        near_px, elsewhere_px = self._areas(self._side), self._areas(self._side // 2)
+        row, column = np.indices(self._right.shape) * self._side
+        height, width = (
+            np.minimum(self._grid.height - row, self._side),
+            np.minimum(self._grid.width - column, self._side),
+        )
+        seam_um = height[self._right].sum() * self._grid.mpp_y + width[self._below].sum() * self._grid.mpp_x
         return SeamFigures(
-            near_um=near * self._grid.mpp,
-            seam_mm=float(seam_um[seams].sum()) / 1e3,
+            near_um=self._near * self._grid.mpp,
+            seam_mm=float(seam_um) / 1e3,
             near=int(by_seam.sum()),
             elsewhere=int(by_middle.sum()),
             near_mm2=float(near_px.sum()) * self._grid.pixel_um2 / 1e6,
@@ -178,13 +180,16 @@ class SeamCheck:
             **self._counts,
         )
 
-    def _sizes(self) -> tuple[Longs, Longs]:
-        """Heights of the rows of blocks, widths of the columns."""
-        rows, columns = self._right.shape
-        return (
-            np.minimum((np.arange(rows) + 1) * self._side, self._grid.height) - np.arange(rows) * self._side,
-            np.minimum((np.arange(columns) + 1) * self._side, self._grid.width) - np.arange(columns) * self._side,
-        )
+    def _areas(self, offset: int) -> Floats:
+        """Tissue near the lines `offset` px from the corners of the blocks before the seams, px²; by seam."""
+        boxes = []
+        for axis, seam in ((0, self._right), (1, self._below)):
+            corner = np.argwhere(seam)[:, ::-1] * float(self._side)
+            low, high = corner.copy(), corner + self._side
+            low[:, axis], high[:, axis] = corner[:, axis] + offset - self._near, corner[:, axis] + offset + self._near
+            boxes.append(np.stack([low, high]))
+        ends = np.minimum(np.concatenate(boxes, axis=1), (self._grid.width, self._grid.height))
+        return self._tissue.area_px0(*self._grid.to_px0(ends)) / (self._grid.scale_x * self._grid.scale_y)
 
     def _blocks(self, places: Floats) -> Longs:
         """(column, row) of the block of each place on the grid (N, 2)."""
@@ -249,10 +254,13 @@ class SeamCheck:
 
 
 def _spread(near: Longs, elsewhere: Longs, near_px: Floats, elsewhere_px: Floats) -> float:
-    """Standard deviation of the ratio of two densities, each a sum over the same seams (N,)."""
-    if near.size < 2 or not elsewhere.sum():
+    """Standard deviation of the ratio of two densities, each a sum over the same seams (N,), by linearisation."""
+    seams = np.count_nonzero(near_px + elsewhere_px)
+    totals = [float(values.sum()) for values in (near, elsewhere, near_px, elsewhere_px)]
+    if seams < 2 or not all(totals):
         return 0.0
-    fair = near * (elsewhere_px.sum() / near_px.sum())  # as if both were counted in areas of one size
-    ratio = fair.sum() / elsewhere.sum()
-    squares = ((fair - ratio * elsewhere) ** 2).sum()
-    return float(sqrt(near.size / (near.size - 1) * squares) / elsewhere.sum())
+    # what each seam adds to the logarithm of the ratio; in all it is nothing
+    shares = [values / total for values, total in zip((near, elsewhere, near_px, elsewhere_px), totals, strict=True)]
+    added = shares[0] - shares[1] - shares[2] + shares[3]
+    ratio = totals[0] / totals[1] * totals[3] / totals[2]
+    return ratio * sqrt(float((added**2).sum()) * seams / (seams - 1))

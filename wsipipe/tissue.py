@@ -60,6 +60,29 @@ class TissueMask:
         left, top = min(int(x0), self.grid.width - 1), min(int(y0), self.grid.height - 1)
         return bool(self.mask[top : math.ceil(y1), left : math.ceil(x1)].any())
 
+    def holds(self, xy_px0: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """True for level-0 points (N, 2) on tissue."""
+        column, row = np.floor(self.grid.from_px0(xy_px0)).astype(np.int64).T
+        held: npt.NDArray[np.bool_] = self.mask[
+            np.clip(row, 0, self.grid.height - 1), np.clip(column, 0, self.grid.width - 1)
+        ]
+        return held
+
+    def area_px0(self, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Tissue in rectangles of the slide, from their corners (..., 2), in level-0 px²; exact."""
+        # The sum over all pixels above and to the left is linear in x and in y between corners of pixels. One more
+        # pixel each way stands for what the slide has beyond the mask's last whole one.
+        mask = np.pad(self.mask, ((0, 1), (0, 1)), mode="edge")
+        sums = np.pad(mask, ((1, 0), (1, 0))).cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
+        (x0, y0), (x1, y1) = (np.moveaxis(self.grid.from_px0(corner), -1, 0) for corner in (low, high))
+
+        def upto(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            read: npt.NDArray[np.float64] = ndimage.map_coordinates(sums, [y, x], float, 1, mode="nearest")
+            return read
+
+        area = upto(x1, y1) - upto(x0, y1) - upto(x1, y0) + upto(x0, y0)
+        return area * self.grid.scale_x * self.grid.scale_y
+
     def restricted(self, region: shapely.Geometry) -> "TissueMask":
         """The tissue within a region; a pixel that the region covers in part counts.
 

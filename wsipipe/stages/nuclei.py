@@ -24,6 +24,7 @@ from wsipipe.slide import Slide, open_slide
 from wsipipe.stages.workers import Workers, hired
 from wsipipe.store import MapStore
 from wsipipe.table import SQUARE_PX0, NucleiMeta, NucleiSpool, read_nuclei
+from wsipipe.tissue import TissueMask
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ def check_seams(table: Path, store: MapStore, config: NucleiConfig) -> SeamFigur
     side, grid = store.meta.geometry.chunk_px, store.meta.grid
     wanted = np.zeros((-(-grid.height // side), store.meta.columns), bool)
     wanted.flat[list(store.wanted)] = True
-    check = SeamCheck(grid, side, wanted, config.halo_px)
+    check = SeamCheck(grid, side, wanted, config.halo_px, TissueMask(store.tissue, store.meta.tissue_grid))
     for batch in read_nuclei(table, ["x_px0", "y_px0", "geometry"])[1]:
         x, y, outlines = (batch[name].to_numpy(zero_copy_only=False) for name in batch.schema.names)
         # a table's rows are sorted by rows of squares
