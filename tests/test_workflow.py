@@ -249,3 +249,23 @@ def test_the_second_of_two_runs_is_refused_by_snakemake_itself(workflow):
     assert first.returncode == 0, said
     assert second.returncode == 1
     assert "Directory cannot be locked" in second.stdout
+
+
+def test_maps_that_are_not_kept_go_once_their_nuclei_are_found_and_not_before(workflow, undisturbed):
+    workflow.sheet("a")
+    not_kept = ("--config", "keep_maps=false")
+    (workflow.faults / "nuclei").write_text("job")
+    said = workflow.run(*not_kept)
+    assert said.returncode == 1, said.stdout
+    maps = workflow.results / "a" / "maps.zarr"
+    assert maps.exists()
+    said = workflow.run(*not_kept)
+    assert said.returncode == 0, said.stdout
+    assert not re.search(r"^maps +1$", said.stdout, re.M)
+    assert not maps.exists()
+    rest = {name: content for name, content in undisturbed.items() if not name.startswith("maps.zarr/")}
+    assert workflow.bytes_of("a") == rest
+    assert "done" in (workflow.results / "summary.tsv").read_text().splitlines()[1]
+    assert workflow.jobs(*not_kept) == {}
+    changed = workflow.jobs(*not_kept, "settings={nuclei: {np_threshold: 0.6}}")
+    assert changed == dict.fromkeys(("maps", "nuclei", "export", "report", "summary", "all"), 1)
