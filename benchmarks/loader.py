@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from wsipipe.model.registry import SPECS, build
 from wsipipe.training.augment import RECIPES
-from wsipipe.training.data import MixedCrops, PatchSet, Source, start_worker
+from wsipipe.training.crops import MixedCrops, Source, start_worker
+from wsipipe.training.data import PatchSet
 from wsipipe.training.losses import CellVTALoss
 from wsipipe.training.miniature import make_pannuke
 from wsipipe.training.sources.pannuke import prepare_pannuke

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from wsipipe.errors import DataError
 from wsipipe.training.augment import RECIPES
-from wsipipe.training.data import FixedCrops, MixedCrops, PatchSet, Source, start_worker
+from wsipipe.training.crops import FixedCrops, MixedCrops, Source, start_worker
+from wsipipe.training.data import PatchSet
 from wsipipe.training.prepare import DEFAULT_SETS, SourceFolder, prepare_masks
 
 

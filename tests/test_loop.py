@@ -21,7 +21,8 @@ from wsipipe.errors import ConfigError, ModelError, StoreError
 from wsipipe.model.registry import CONSEP_CLASSES, SPECS
 from wsipipe.model.weights import load_model, read_spec
 from wsipipe.training import loop
-from wsipipe.training.data import FixedCrops, PatchSet
+from wsipipe.training.crops import FixedCrops
+from wsipipe.training.data import PatchSet
 from wsipipe.training.evaluate import evaluate
 from wsipipe.training.loop import TrainConfig, load_experiment, rate, spec_of, train
 from wsipipe.training.miniature import make_pannuke

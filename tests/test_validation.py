@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from wsipipe.model.registry import SPECS
 from wsipipe.training.config import TrainConfig
-from wsipipe.training.data import FixedCrops, PatchSet
+from wsipipe.training.crops import FixedCrops
+from wsipipe.training.data import PatchSet
 from wsipipe.training.objectives import objective_of
 from wsipipe.training.targets import hv_map
 from wsipipe.training.validation import validate

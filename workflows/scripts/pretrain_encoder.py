@@ -19,7 +19,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from wsipipe.training.augment import load_recipe
-from wsipipe.training.data import MixedCrops, PatchSet, Source, start_worker
+from wsipipe.training.crops import MixedCrops, Source, start_worker
+from wsipipe.training.data import PatchSet
 from wsipipe.training.losses import CellVTALoss
 
 SETS = {"nuinsseg": 0.8, "dsb2018_stained": 0.15, "nucls_mini": 0.05}

@@ -39,7 +39,8 @@ from wsipipe.model.spec import ModelSpec
 from wsipipe.model.weights import load_encoder, open_checkpoint, save_checkpoint
 from wsipipe.training.augment import load_recipe
 from wsipipe.training.config import FREE, VARIANT_SETTINGS, TrainConfig, load_experiment
-from wsipipe.training.data import FixedCrops, Item, MixedCrops, PatchSet, Source, same_classes, start_worker
+from wsipipe.training.crops import FixedCrops, Item, MixedCrops, Source, start_worker
+from wsipipe.training.data import PatchSet, same_classes
 from wsipipe.training.objectives import objective_of
 from wsipipe.training.sampling import image_weights
 from wsipipe.training.validation import validate

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wsipipe.instances import label_tile
 from wsipipe.metrics import Floats, majority_types, panoptic_quality, remap_label
-from wsipipe.training.data import Item
+from wsipipe.training.crops import Item
 from wsipipe.training.scores import TypedNuclei, score_image
 
 Array = npt.NDArray[Any]
