@@ -21,7 +21,7 @@ from wsipipe.errors import ConfigError, ModelError, StoreError
 from wsipipe.model.registry import CONSEP_CLASSES, SPECS
 from wsipipe.model.weights import load_model, read_spec
 from wsipipe.training import loop
-from wsipipe.training.crops import FixedCrops
+from wsipipe.training.crops import MAP_TARGETS, FixedCrops
 from wsipipe.training.data import PatchSet
 from wsipipe.training.evaluate import evaluate
 from wsipipe.training.loop import TrainConfig, load_experiment, rate, spec_of, train
@@ -80,7 +80,7 @@ def test_one_batch_can_be_learnt_by_heart(tmp_path):
     curve = []
     for _ in range(40):
         optimizer.zero_grad()
-        loss, _ = objective(network(image), batch)
+        loss, _ = objective.loss(network(image), batch)
         loss.backward()
         optimizer.step()
         curve.append(loss.item())
@@ -202,6 +202,14 @@ def test_the_published_schedule_falls_once_an_epoch(discs):
     assert rates[21] == pytest.approx(0.95**2)
 
 
+def test_a_run_may_validate_every_few_epochs_and_is_saved_every_one(discs):
+    rare = TrainConfig(data={discs: 1.0}, variant="published", epochs=30, validate_epochs=5)
+    assert loop._intervals(rare, 10.5) == (52, 10)
+    assert loop._intervals(TrainConfig(data={discs: 1.0}, epochs=30), 10.5) == (10, 10)
+    assert loop._intervals(TrainConfig(data={discs: 1.0}, steps=1000), 10.5) == (200, 200)
+    assert loop._intervals(TrainConfig(data={discs: 1.0}, epochs=3, validate_every=4, save_every=9), 10.5) == (4, 9)
+
+
 def test_steps_or_epochs_but_not_both(discs):
     with pytest.raises(ValueError, match="either steps or epochs"):
         TrainConfig(data={discs: 1.0})
@@ -219,7 +227,7 @@ def test_as_many_parameters_learn_as_in_the_published_run():
 
 def test_accumulated_batches_are_as_good_as_large_ones(discs, tmp_path):
     """Exactly so for a loss that is a mean over crops and a network without batch statistics; here, for the crops."""
-    crops = loop._crops(config(discs), SPECS["cellvta-nano"], {discs: PatchSet.open(discs)}, ())
+    crops = loop._crops(config(discs), SPECS["cellvta-nano"], {discs: PatchSet.open(discs)}, (), MAP_TARGETS)
     team = loop._team(config(discs))
     large = list(loop._batches(config(discs, batch_size=4), crops, 1, 3, team))
     small = list(loop._batches(config(discs, batch_size=2, accumulate=2), crops, 1, 3, team))
@@ -298,7 +306,7 @@ def test_tissues_are_learnt_where_there_is_a_head_for_them(tmp_path):
 
 def test_every_image_comes_once_an_epoch_where_they_are_shuffled(discs):
     sets = {discs: PatchSet.open(discs)}
-    crops = loop._crops(config(discs, sampling="shuffled"), SPECS["cellvta-nano"], sets, ())
+    crops = loop._crops(config(discs, sampling="shuffled"), SPECS["cellvta-nano"], sets, (), MAP_TARGETS)
     numbers = [crops._shuffled_image(i)[1] for i in range(20)]
     assert all(sorted(numbers[i : i + 2]) == [0, 1] for i in range(0, 20, 2))
     assert len({tuple(numbers[i : i + 2]) for i in range(0, 20, 2)}) == 2

@@ -35,21 +35,11 @@ def _of_maps(outputs: Outputs, cut_px: int, classes: int) -> NetworkMaps:
 
 
 def _of_distances(outputs: Outputs, cut_px: int, classes: int) -> NetworkMaps:
-    return _drawn([distance_nuclei(values) for values in _on_cpu(outputs["distances"])], cut_px, classes)
+    return _drawn(_distance_tiles(outputs, classes), _finite(outputs), cut_px)
 
 
 def _of_points(outputs: Outputs, cut_px: int, classes: int) -> NetworkMaps:
-    finite = torch.stack([values.flatten(1).isfinite().all(1) for values in outputs.values()]).all(0)
-    tiles = zip(*(outputs[name].float() for name in ("feature", "kernel", "category")), finite.tolist(), strict=True)
-    size = tuple(outputs["feature"].shape[2:])
-    drawn: list[Drawn | None] = []
-    for feature, kernel, category, usable in tiles:
-        if usable:
-            masks, types, scores = point_nuclei(feature, kernel, category)
-            drawn.append(_painted(masks.cpu().numpy(), types.cpu().numpy(), scores.cpu().numpy(), classes))
-        else:
-            drawn.append(None)
-    return _drawn(drawn, cut_px, classes, size)
+    return _drawn(_point_tiles(outputs, classes), _finite(outputs), cut_px)
 
 
 ANSWERS: dict[str, Answer] = {"maps": _of_maps, "distances": _of_distances, "points": _of_points}
@@ -58,15 +48,45 @@ ANSWERS: dict[str, Answer] = {"maps": _of_maps, "distances": _of_distances, "poi
 Drawn = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
+def _distance_tiles(outputs: Outputs, classes: int) -> list[Drawn]:
+    finite = _finite(outputs).tolist()
+    tiles = zip(outputs["distances"].float().cpu().numpy(), finite, strict=True)
+    return [distance_nuclei(values) if usable else _nothing(values.shape[1:], classes) for values, usable in tiles]
+
+
+def _point_tiles(outputs: Outputs, classes: int) -> list[Drawn]:
+    finite = _finite(outputs).tolist()
+    tiles = zip(*(outputs[name].float() for name in ("feature", "kernel", "category")), finite, strict=True)
+    drawn = []
+    for feature, kernel, category, usable in tiles:
+        if usable:
+            masks, types, scores = point_nuclei(feature, kernel, category)
+            drawn.append(_painted(masks.cpu().numpy(), types.cpu().numpy(), scores.cpu().numpy(), classes))
+        else:
+            drawn.append(_nothing(tuple(feature.shape[1:]), classes))
+    return drawn
+
+
+# (outputs, classes) -> the nuclei of every tile; none where a network gave no number
+NUCLEI: dict[str, Callable[[Outputs, int], list[Drawn]]] = {"distances": _distance_tiles, "points": _point_tiles}
+
+
+def _finite(outputs: Outputs) -> Tensor:
+    """(B,) bool: whether all that a network answers to a tile are numbers."""
+    return torch.stack([values.flatten(1).isfinite().all(1) for values in outputs.values()]).all(0)
+
+
+def _nothing(shape: tuple[int, ...], classes: int) -> Drawn:
+    return np.zeros(shape, np.int32), np.zeros(1, np.float32), np.eye(1, classes, dtype=np.float32)
+
+
 def distance_nuclei(
     distances: npt.NDArray[np.float32], cell_threshold: float = 0.12, seed_threshold: float = 0.45
-) -> Drawn | None:
-    """Nuclei of a tile from CISCNet's distance maps (1 + types, H, W); None if these are no numbers.
+) -> Drawn:
+    """Nuclei of a tile from CISCNet's distance maps (1 + types, H, W).
 
     As published, at the published thresholds: seeds of at least 2 px, flooded over the negative distance.
     """
-    if not np.isfinite(distances).all():
-        return None
     whole = distances[0]
     seeds, count = ndimage.label(whole > seed_threshold, np.ones((3, 3)))
     kept = np.bincount(seeds.ravel(), minlength=count + 1) >= 2
@@ -154,12 +174,10 @@ def _painted(
     return labels, np.append(0, scores).astype(np.float32), by_type
 
 
-def _drawn(tiles: list[Drawn | None], cut_px: int, classes: int, size: tuple[int, ...] = ()) -> NetworkMaps:
+def _drawn(tiles: list[Drawn], finite: Tensor, cut_px: int) -> NetworkMaps:
     """Nuclei as maps: NP from 0.5 (a nucleus of probability 0) to 1, so that every one found stays one."""
     nuclei, offsets, types = [], [], []
-    shape = next((tile[0].shape for tile in tiles if tile is not None), size)
-    for tile in tiles:
-        labels, probability, by_type = tile or (np.zeros(shape, np.int32), np.zeros(1), np.eye(1, classes))
+    for labels, probability, by_type in tiles:
         height, width = labels.shape
         core = np.s_[..., cut_px : height - cut_px, cut_px : width - cut_px]
         certainty = np.where(np.arange(len(probability)) > 0, 0.5 + probability / 2, 0)
@@ -167,10 +185,5 @@ def _drawn(tiles: list[Drawn | None], cut_px: int, classes: int, size: tuple[int
         offsets.append((hv_map(labels, "exact") * 127).round()[core])
         types.append((by_type * 255).round().T[:, labels][core])
     arrays = (np.stack(nuclei).astype(np.uint8), np.stack(offsets).astype(np.int8), np.stack(types).astype(np.uint8))
-    finite = torch.tensor([tile is not None for tile in tiles])
     of_nuclei, of_offsets, of_types = map(torch.from_numpy, arrays)
-    return NetworkMaps(of_nuclei, of_offsets, of_types, finite)
-
-
-def _on_cpu(values: Tensor) -> list[npt.NDArray[np.float32]]:
-    return list(values.float().cpu().numpy())
+    return NetworkMaps(of_nuclei, of_offsets, of_types, finite.cpu())

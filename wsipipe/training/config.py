@@ -81,8 +81,13 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     ema_decay: float = Field(0.998, ge=0, lt=1, description="of the averaged weights, which are validated; 0: none")
     best_by: Literal["loss", "bPQ", "mPQ"] = Field("loss", description="on the validation images")
     patience: int | None = Field(None, gt=0, description="validations without a better one before the run ends early")
-    validate_every: int | None = Field(None, gt=0, description="steps; by default an epoch, or 200 steps")
-    save_every: int | None = Field(None, gt=0, description="steps after which a killed run goes on; as validate_every")
+    validate_every: int | None = Field(
+        None, gt=0, description="steps; by default `validate_epochs`, or 200 steps where the run is given in steps"
+    )
+    validate_epochs: float = Field(1.0, gt=0, description="epochs from one validation to the next")
+    save_every: int | None = Field(
+        None, gt=0, description="steps after which a killed run goes on; by default as validated, at most an epoch"
+    )
     log_every: int = Field(10, gt=0)
     tensorboard: bool = True
     seed: int = Field(19, ge=0)
@@ -105,7 +110,19 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 # They change how a run is carried out, not what comes of it, or only make it longer.
-FREE = frozenset({"steps", "epochs", "workers", "log_every", "validate_every", "save_every", "device", "tensorboard"})
+FREE = frozenset(
+    {
+        "steps",
+        "epochs",
+        "workers",
+        "log_every",
+        "validate_every",
+        "validate_epochs",
+        "save_every",
+        "device",
+        "tensorboard",
+    }
+)
 
 
 def load_experiment(path: Path, overrides: dict[str, Any] | None = None) -> TrainConfig:

@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 
 from wsipipe.errors import DataError
 from wsipipe.training.augment import Recipe, SourceField, draw_field
+from wsipipe.training.crop_targets import CropTargets, MapTargets
 from wsipipe.training.data import UNKNOWN_TYPE, PatchSet, Split, same_classes
 
 UNKNOWN_TISSUE = -100  # what torch's cross-entropy leaves out
 Array = npt.NDArray[Any]
-Variant = Literal["published", "exact"]  # of `wsipipe.training.targets.hv_map`
+MAP_TARGETS = MapTargets()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,8 @@ class MixedCrops(Dataset[Item]):
         All typed sets must name the same classes. A set whose split is empty is refused.
     count : int
         Length; items beyond it are as good.
-    hv_variant : str
-        Passed on to `wsipipe.training.targets.hv_map`.
+    targets : function
+        What items hold beside the `image`, see `wsipipe.training.crop_targets`.
     order : {"drawn", "shuffled"}
         "drawn": every item is of any image, by the weights. "shuffled": every image once before any comes again; the
         weights do not matter.
@@ -70,7 +71,7 @@ class MixedCrops(Dataset[Item]):
     seed: int = 0
     crop_px: int = 256
     split: Split = "train"
-    hv_variant: Variant = "exact"
+    targets: CropTargets = MAP_TARGETS
     order: Literal["drawn", "shuffled"] = "drawn"
     mpp: float | None = None
     tissues: Sequence[str] = ()
@@ -106,7 +107,7 @@ class MixedCrops(Dataset[Item]):
         patches, number = self._shuffled_image(i) if self.order == "shuffled" else self._drawn_image(rng)
         shape = patches.images.shape[1:3]
         field = draw_field(self.recipe.geometry, shape, patches.mpp, self.crop_px, rng, self.mpp)
-        item = make_item(patches, number, field, self.hv_variant, lambda image: self.recipe.recolour(image, rng))
+        item = make_item(patches, number, field, self.targets, lambda image: self.recipe.recolour(image, rng))
         return _with_tissue(item, patches, number, self.tissues)
 
     def _drawn_image(self, rng: np.random.Generator) -> tuple[PatchSet, int]:
@@ -158,9 +159,9 @@ class FixedCrops(Dataset[Item]):
     split: Split = "validation"
     mpp: float = 0.25
     crop_px: int = 256
-    hv_variant: Variant = "exact"
+    targets: CropTargets = MAP_TARGETS
     tissues: Sequence[str] = ()
-    with_instances: bool = False
+    with_truth: bool = False
 
     @cached_property
     def _places(self) -> list[tuple[int, float, float, float]]:
@@ -179,9 +180,7 @@ class FixedCrops(Dataset[Item]):
         steps = (np.arange(self.crop_px) + 0.5) * seen / self.crop_px - 0.5
         x, y = np.meshgrid((x0 + steps).astype(np.float32), (y0 + steps).astype(np.float32))
         field = SourceField(x, y, seen / self.crop_px)
-        item = make_item(self.patches, number, field, self.hv_variant)
-        if self.with_instances:
-            item["instances"] = torch.from_numpy(field.read_mask(self.patches.instances[number]).astype(np.int32))
+        item = make_item(self.patches, number, field, self.targets, with_truth=self.with_truth)
         return _with_tissue(item, self.patches, number, self.tissues)
 
 
@@ -195,23 +194,19 @@ def make_item(
     patches: PatchSet,
     number: int,
     field: SourceField,
-    hv_variant: Variant,
+    targets: CropTargets,
     recolour: Callable[[Array], Array] | None = None,
+    *,
+    with_truth: bool = False,
 ) -> Item:
-    """Image and targets of one crop.
+    """One crop: `image` (3, S, S) uint8, and what `targets` makes of its nuclei.
 
-    Returns
-    -------
-    dict
-        `image` (3, S, S) uint8; `nuclei` (S, S) int64, 1 in a nucleus; `offsets` (2, S, S) float32, horizontal then
-        vertical; `types` (S, S) int64, 255 unknown; `trusted` (S, S) bool, False where `offsets` are not to be learnt.
+    `with_truth`: also `true_instances` (S, S) int32 and `true_types` (S, S) int64, 255 unknown.
     """
-    from wsipipe.training.targets import hv_map
-
     image = field.read_image(patches.images[number])
     if recolour is not None:
         image = recolour(image)
-    instances = field.read_mask(patches.instances[number])
+    instances = field.read_mask(patches.instances[number]).astype(np.int32)
     if patches.types is None:
         types = np.full(instances.shape, UNKNOWN_TYPE, np.int64)
     else:
@@ -220,11 +215,7 @@ def make_item(
         trusted = np.ones(instances.shape, bool)
     else:
         trusted = field.read_mask(patches.trusted[number]).astype(bool)
-    offsets = hv_map(instances.astype(np.int32), variant=hv_variant)
-    return {
-        "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-        "nuclei": torch.from_numpy((instances > 0).astype(np.int64)),
-        "offsets": torch.from_numpy(offsets),
-        "types": torch.from_numpy(types),
-        "trusted": torch.from_numpy(trusted),
-    }
+    arrays = {"image": image.transpose(2, 0, 1), **targets(instances, types, trusted)}
+    if with_truth:
+        arrays |= {"true_instances": instances, "true_types": types}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

@@ -39,9 +39,11 @@ from wsipipe.model.spec import ModelSpec
 from wsipipe.model.weights import load_encoder, open_checkpoint, save_checkpoint
 from wsipipe.training.augment import load_recipe
 from wsipipe.training.config import FREE, VARIANT_SETTINGS, TrainConfig, load_experiment
+from wsipipe.training.crop_targets import CropTargets
 from wsipipe.training.crops import FixedCrops, Item, MixedCrops, Source, start_worker
 from wsipipe.training.data import PatchSet, same_classes
-from wsipipe.training.objectives import objective_of
+from wsipipe.training.found import nuclei_of
+from wsipipe.training.objectives import Objective, objective_of
 from wsipipe.training.sampling import image_weights
 from wsipipe.training.validation import validate
 
@@ -79,10 +81,9 @@ def train(config: TrainConfig, run: Path) -> Path:
     spec = spec_of(config, same_classes(list(sets.values())), tissues)
     tissues = tissues if spec.settings.get("tissue_classes") else ()
     objective = objective_of(spec, config)
-    crops = _crops(config, spec, sets, tissues)
+    crops = _crops(config, spec, sets, tissues, objective.targets)
     steps, epoch_steps = _length(config, crops.images)
-    validate_every = config.validate_every or (200 if config.epochs is None else max(1, round(epoch_steps)))
-    save_every = config.save_every or validate_every
+    validate_every, save_every = _intervals(config, epoch_steps)
     if team.is_main_process:
         _claim(run, config, sets)
     team.wait_for_everyone()
@@ -134,7 +135,7 @@ def train(config: TrainConfig, run: Path) -> Path:
             with nullcontext() if last else team.no_sync(trained):
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                     output = trained(normalised(batch["image"], spec, device))
-                loss, losses = objective(output, batch)
+                loss, losses = objective.loss(output, batch)
                 scaler.scale(loss / config.accumulate if config.accumulate > 1 else loss).backward()
             for name, part in {"loss": loss.detach(), **losses}.items():
                 sums[name] = sums[name] + part if name in sums else part
@@ -267,7 +268,9 @@ def _groups(network: nn.Module, weight_decay: float, decays: str) -> list[dict[s
 # --- what it is trained on --------------------------------------------------------------------------------------------
 
 
-def _crops(config: TrainConfig, spec: ModelSpec, sets: dict[Path, PatchSet], tissues: Sequence[str]) -> MixedCrops:
+def _crops(
+    config: TrainConfig, spec: ModelSpec, sets: dict[Path, PatchSet], tissues: Sequence[str], targets: CropTargets
+) -> MixedCrops:
     sources = [
         Source(sets[folder], weight, image_weights(sets[folder], config.sampling, config.gamma))
         for folder, weight in config.data.items()
@@ -278,7 +281,7 @@ def _crops(config: TrainConfig, spec: ModelSpec, sets: dict[Path, PatchSet], tis
         count=1 << 62,  # there is always another
         seed=config.seed,
         crop_px=config.crop_px,
-        hv_variant=config.hv_variant,
+        targets=targets,
         order="shuffled" if config.sampling == "shuffled" else "drawn",
         mpp=spec.mpp,
         tissues=tissues,
@@ -289,6 +292,14 @@ def _length(config: TrainConfig, images: int) -> tuple[int, float]:
     """Steps of the run, and of an epoch: as many crops as there are images."""
     epoch = images / (config.batch_size * config.accumulate)
     return config.steps or max(1, math.ceil((config.epochs or 0) * epoch - 1e-9)), epoch
+
+
+def _intervals(config: TrainConfig, epoch_steps: float) -> tuple[int, int]:
+    """Steps from one validation to the next, and from one save to the next: never more than an epoch."""
+    by_epochs = max(1, round(epoch_steps * config.validate_epochs))
+    validate_every = config.validate_every or (200 if config.epochs is None else by_epochs)
+    longest = validate_every if config.epochs is None else max(1, round(epoch_steps))
+    return validate_every, config.save_every or min(validate_every, longest)
 
 
 class _Share(Sampler[int]):
@@ -327,7 +338,7 @@ def _batches(config: TrainConfig, crops: MixedCrops, step: int, steps: int, team
 
 def _validate(
     network: nn.Module,
-    objective: Any,
+    objective: Objective,
     config: TrainConfig,
     spec: ModelSpec,
     sets: dict[Path, PatchSet],
@@ -338,8 +349,8 @@ def _validate(
     with_pq = config.best_by != "loss"
     crops = [
         FixedCrops(
-            patches, mpp=spec.mpp, crop_px=config.crop_px, hv_variant=config.hv_variant, tissues=tissues,
-            with_instances=with_pq,
+            patches, mpp=spec.mpp, crop_px=config.crop_px, targets=objective.targets, tissues=tissues,
+            with_truth=with_pq,
         )
         for patches in sets.values()
     ]  # fmt: skip
@@ -355,14 +366,14 @@ def _validate(
     )
 
     def loss(output: dict[str, Tensor], batch: Item) -> Tensor:
-        return objective(output, {name: value.to(device) for name, value in batch.items()})[0]  # type: ignore[no-any-return]
+        return objective.loss(output, {name: value.to(device) for name, value in batch.items()})[0]
 
     return validate(
         network,
         loss,
         loader,
         lambda image: normalised(image, spec, device),
-        spec.mpp,
+        lambda output: nuclei_of(output, spec),
         len(spec.class_names),
         with_pq=with_pq,
     )

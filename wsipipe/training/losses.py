@@ -125,9 +125,9 @@ class CellVTALoss(nn.Module):
 
     def _parts(self, output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
         nuclei, types = output["nuclei"].softmax(1), output["types"].softmax(1)
-        true_nuclei = _one_hot(target["nuclei"], 2)
+        true_nuclei = one_hot(target["nuclei"], 2)
         known = target["types"] != UNKNOWN_TYPE
-        true_types = _one_hot(target["types"].where(known, 0), types.shape[1])
+        true_types = one_hot(target["types"].where(known, 0), types.shape[1])
         known = known[:, None].float()
         trusted = target["trusted"][:, None].float() if "trusted" in target else None
         parts = {
@@ -155,6 +155,6 @@ def _ones(maps: Tensor) -> Tensor:
     return torch.ones_like(maps[:, :1])
 
 
-def _one_hot(labels: Tensor, channels: int) -> Tensor:
-    """(B, H, W) labels as (B, channels, H, W) float32 of 0 and 1."""
+def one_hot(labels: Tensor, channels: int) -> Tensor:
+    """(B, H, W) labels as (B, channels, H, W) float32 of 0 and 1; labels that are no channel are 0 in all."""
     return (labels[:, None] == torch.arange(channels, device=labels.device)[:, None, None]).float()

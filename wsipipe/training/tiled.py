@@ -12,9 +12,9 @@ from torch.nn import functional
 from wsipipe.errors import ConfigError
 from wsipipe.metrics import majority_types
 from wsipipe.model.spec import ModelSpec
+from wsipipe.training.found import nuclei_of
 from wsipipe.training.merging import cells_of, merge_cells, paint_cells
 from wsipipe.training.scores import TypedNuclei
-from wsipipe.training.validation import nuclei_of
 
 Array = npt.NDArray[Any]
 ENLARGED_PX, WINDOW_PX, STRIDE_PX, MARGIN_PX = 480, 256, 224, 32
@@ -27,7 +27,7 @@ Finder = Callable[[nn.Module, ModelSpec, Array, torch.device], list[TypedNuclei]
 
 def find_whole(network: nn.Module, spec: ModelSpec, images: Array, device: torch.device) -> list[TypedNuclei]:
     """Nuclei of images that the network sees whole, as they are (protocol "pannuke")."""
-    return nuclei_of(_output(network, _input(images, spec, device)), spec.mpp)
+    return nuclei_of(_output(network, spec, _input(images, spec, device)), spec)
 
 
 def find_enlarged(
@@ -39,7 +39,7 @@ def find_enlarged(
     """
     found = []
     for image in _input(images, spec, device):
-        tiles = nuclei_of(_output(network, enlarged_windows(image[None])), MPP_40X)
+        tiles = nuclei_of(_output(network, spec, enlarged_windows(image[None])), spec, MPP_40X)
         found.append(merged_nuclei(tiles, images.shape[1:3], corrected=corrected))
     return found
 
@@ -72,11 +72,27 @@ def _input(images: Array, spec: ModelSpec, device: torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def _output(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
+def _output(network: nn.Module, spec: ModelSpec, image: Tensor) -> dict[str, Tensor]:
+    """What the network answers to all of (B, C, H, W); a margin that it needs is the image mirrored."""
+    height, width = image.shape[2:]
+    if spec.margin_px:
+        (more_y, more_x), before = (_missing(side, spec) for side in (height, width)), spec.margin_px
+        if max(more_y, more_x) - before >= min(height, width):
+            raise ConfigError(f"images of {width} x {height} px are too small for {spec.name}; use --protocol segment")
+        image = functional.pad(image, (before, more_x - before, before, more_y - before), mode="reflect")
     output: dict[str, Tensor] = network.eval()(image.contiguous(memory_format=torch.channels_last))
-    if not {"nuclei", "offsets", "types"} <= output.keys() or output["nuclei"].shape[2:] != image.shape[2:]:
-        raise ConfigError("this network does not answer with maps of its whole input; use --protocol segment")
+    if spec.answer == "maps":
+        output = {name: maps[..., :height, :width] if maps.ndim == 4 else maps for name, maps in output.items()}
+        if not {"nuclei", "offsets", "types"} <= output.keys() or output["nuclei"].shape[2:] != (height, width):
+            raise ConfigError("this network does not answer with maps of its whole input; use --protocol segment")
     return output
+
+
+def _missing(side: int, spec: ModelSpec) -> int:
+    """By how many px more than a side the network is to be shown, to answer for all of it."""
+    step, offset = spec.tile_step
+    least = side + 2 * spec.margin_px
+    return least + (offset - least) % step - side
 
 
 def batched(images: Array, numbers: Iterable[int], size: int) -> Iterator[tuple[list[int], Array]]:

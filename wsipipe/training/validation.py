@@ -8,7 +8,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from wsipipe.instances import label_tile
 from wsipipe.metrics import Floats, majority_types, panoptic_quality, remap_label
 from wsipipe.training.crops import Item
 from wsipipe.training.scores import TypedNuclei, score_image
@@ -22,7 +21,7 @@ def validate(
     loss: Callable[[dict[str, Tensor], Item], Tensor],
     batches: Iterable[Item],
     prepared: Callable[[Tensor], Tensor],
-    mpp: float,
+    found_in: Callable[[dict[str, Tensor]], list[TypedNuclei]],
     types: int,
     *,
     with_pq: bool,
@@ -35,6 +34,8 @@ def validate(
         (output of the network, batch) to the total.
     prepared : function
         (B, 3, H, W) uint8 to the input of the network.
+    found_in : function
+        Output of the network to the nuclei of every crop, or of its middle, where it answers for that alone.
     types : int
         Classes, background included.
 
@@ -51,8 +52,10 @@ def validate(
         output = network(prepared(batch["image"]))
         losses.append(loss(output, batch).item())
         if with_pq:
-            truth = {name: middle(batch[name], *output["nuclei"].shape[2:]) for name in ("instances", "types")}
-            for i, found in enumerate(nuclei_of(output, mpp)):
+            of_crops = found_in(output)
+            shape = of_crops[0].instance_map.shape
+            truth = {name: middle(batch[f"true_{name}"], *shape) for name in ("instances", "types")}
+            for i, found in enumerate(of_crops):
                 of_all, of_types = score_crop(truth, i, found, types)
                 binary.append(of_all)
                 by_type.append(of_types)
@@ -79,15 +82,3 @@ def score_crop(batch: Item, i: int, found: TypedNuclei, types: int) -> tuple[flo
         panoptic_quality(instances, found.instance_map).pq,
         score_image(truth, found, types, radius_px=12, protocol="published").type_quality[2],
     )
-
-
-def nuclei_of(output: dict[str, Tensor], mpp: float) -> list[TypedNuclei]:
-    """The nuclei of every image of a batch, found tile by tile as published."""
-    nuclei = output["nuclei"].float().argmax(1).cpu().numpy()
-    offsets = output["offsets"].float().cpu().numpy()
-    types = output["types"].float().argmax(1).cpu().numpy()
-    found = []
-    for mask, hv, type_map in zip(nuclei, offsets, types, strict=True):
-        instances = label_tile(mask > 0, np.ascontiguousarray(hv, np.float32), mpp)
-        found.append(TypedNuclei(instances, majority_types(instances, type_map), mask > 0))
-    return found
