@@ -4,7 +4,8 @@
 #     snakemake -s workflows/training.smk --cores 2 --config scale=mini      (drawn data, small networks, minutes)
 #
 # Full scale wants data/raw/pannuke and data/raw/conic as their authors publish them, and the encoders' weights in
-# weights/: see docs/training.md. `experiments` names the rows, `out` the folder of all that is made.
+# weights/: see docs/training.md. `experiments` names the rows, `splits` those of them, `epochs` is how long they train,
+# `out` the folder of all that is made.
 import json
 import shlex
 import sys
@@ -22,14 +23,22 @@ WSIPIPE = f"{sys.executable} -m wsipipe"
 # The three splits of PanNuke, as (train, validation, test) of its folds; CoNIC has one.
 SPLITS = {"pannuke": {"1": "123", "2": "213", "3": "321"}, "conic": {"1": None}}
 ROWS = (
-    ["pannuke/cellvta-uni", "pannuke/cellvit-uni", "conic/cellvta-uni"]
+    [
+        "pannuke/cellvta-uni",
+        "pannuke/cellvit-uni",
+        "pannuke/ciscnet",
+        "pannuke/pointnu-net",
+        "conic/cellvta-uni",
+        "conic/hovernet",
+    ]
     if MINI
     else sorted(
         f"{p.parent.name}/{p.stem}" for d in SPLITS for p in (EXPERIMENTS / d).glob("*.yaml") if p.stem != "base"
     )
 )
 ROWS = str(config["experiments"]).split(",") if "experiments" in config else ROWS
-RUNS = [f"{row}/split{split}" for row in ROWS for split in SPLITS[row.split("/")[0]]]
+ONLY = str(config.get("splits", "")).split(",")
+RUNS = [f"{row}/split{split}" for row in ROWS for split in SPLITS[row.split("/")[0]] if split in ONLY or ONLY == [""]]
 
 
 def changes(wildcards):
@@ -43,6 +52,8 @@ def changes(wildcards):
         mini = yaml.safe_load((EXPERIMENTS / "mini.yaml").read_text())
         made |= mini["changes"] | mini["data"][wildcards.data]
         made["settings"] = mini["settings"][wildcards.experiment.split("-")[0]]
+    if "epochs" in config:
+        made["epochs"] = config["epochs"]
     return " ".join(f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in made.items())
 
 
