@@ -332,6 +332,7 @@ def test_a_reader_follows_a_store_that_is_finished_under_its_hands(tmp_path: Pat
         for index in store.missing:
             store.write_chunk(index, some_maps(META.chunk_box(index)))
         store.finish()
+    np.testing.assert_array_equal(reader.tissue, TISSUE)
     assert same(reader.read(META.chunk_box(2)), some_maps(META.chunk_box(2)))
 
 
