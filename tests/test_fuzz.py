@@ -180,6 +180,22 @@ def test_a_sheet_with_a_quotation_mark_left_open_is_refused(tmp_path):
         read_sheet(path)
 
 
+@pytest.mark.parametrize("cell", ["x" * 5000, "a\0b", '"a\nb"', "a\x1eb", "a\u2028b"])
+@pytest.mark.parametrize("column", ["path", "roi", "model"])
+def test_every_fault_of_a_sheet_is_one_line_whatever_a_cell_holds(cell, column, tmp_path):
+    from wsipipe.cohort import read_sheet
+
+    path = tmp_path / "slides.tsv"
+    names, cells = (
+        (["slide", "path"], ["a", cell]) if column == "path" else (["slide", "path", column], ["a", "b", cell])
+    )
+    path.write_text("\n".join("\t".join(row) for row in (names, cells)), encoding="utf-8")
+    with pytest.raises(ConfigError, match="does not exist") as refusal:
+        read_sheet(path)
+    _, *faults = str(refusal.value).splitlines()
+    assert all(fault.startswith("  line 2: ") for fault in faults)
+
+
 def with_names(value):
     return f'{{"type": "FeatureCollection", "wsipipe": {value}, "features": []}}'.encode()
 

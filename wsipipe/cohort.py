@@ -184,7 +184,7 @@ def read_sheet(path: Path, made: Collection[str] = (), *, check_files: bool = Tr
         raise ConfigError(f"the slide sheet {path} is no table: {error}; is a quotation mark left open?") from error
     also = f"{path} has {' and '.join(remarks)}, which do no harm" if remarks else ""
     if wrong:
-        shown = wrong[:MOST_FAULTS]
+        shown = [" ".join(fault.split()) for fault in wrong[:MOST_FAULTS]]  # a quoted cell may hold line ends
         if len(wrong) > MOST_FAULTS:
             shown.append(f"and {len(wrong) - MOST_FAULTS} more")
         listed = "".join(f"\n  {fault}" for fault in [*shown, *([also] if also else [])])
@@ -276,12 +276,19 @@ def _is_url(path: str) -> bool:
 
 
 def _is_there(path: str) -> bool:
-    return _is_url(path) or Path(path).is_file()
+    return _is_url(path) or _is_file(Path(path))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long for any file, or with a zero in it
+        return False
 
 
 def _is_model(name: str) -> bool:
     """Whether weights of that name ship, or are a file; asked without torch."""
-    return (Path(__file__).parent / "weights" / f"{name}.safetensors").is_file() or Path(name).is_file()
+    return _is_file(Path(__file__).parent / "weights" / f"{name}.safetensors") or _is_file(Path(name))
 
 
 def _unknown_model(name: str) -> str:
