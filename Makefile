@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-slurm lint bench fuzz torture clean
+.PHONY: help demo test test-slurm lint bench fuzz torture audit clean
 
 help:  ## say what there is
 	@echo "make TARGET, where TARGET is one of"
@@ -32,6 +32,11 @@ fuzz: $(READY)  ## read 100,000 damaged and hostile files; every reader must ref
 
 torture: $(READY)  ## kill each stage at 50 random moments, go on, compare every byte
 	$(PY) tests/torture.py --kills 50
+
+audit: $(READY)  ## look for known weaknesses of the pinned versions; asks PyPI's advisory service
+	$(PY) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet pip-audit
+	$(VENV)/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 clean:  ## remove the demo, builds and caches; .venv stays
 	rm -rf demo build dist fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis

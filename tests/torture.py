@@ -27,6 +27,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from comparable import without_run
 
+from wsipipe.stages.maps import WRITES_AHEAD
+
 STAGES = ("tissue", "maps", "nuclei", "export", "segment")
 OF_THE_RUN = (  # what a record tells of how long it took and how much was left to do
     "seconds", "seconds_network", "seconds_readers", "seconds_writer", "peak_mb", "megapixels", "tiles", "chunks",
@@ -34,6 +36,8 @@ OF_THE_RUN = (  # what a record tells of how long it took and how much was left 
 )  # fmt: skip
 BATCH = 4
 CHUNK_TILES = 2
+# Tiles that are worked on and not yet stored: a chunk under way and the batches that the writer has not yet taken.
+IN_FLIGHT = CHUNK_TILES**2 + (WRITES_AHEAD + 1) * BATCH
 CONFIG = f"maps: {{chunk_tiles: {CHUNK_TILES}}}\n"
 
 
@@ -231,8 +235,8 @@ def main() -> None:
                 result = torture(bench, stage, start, arguments.kills, random.Random(f"{stage}/{arguments.seed}"))
                 tiles, blocks = max(result.tiles_twice), max(result.blocks_twice)
                 print(
-                    f"{stage:8}{result.identical} of {result.kills} identical; twice at most {tiles} tiles (of a "
-                    f"batch {BATCH}, a block {CHUNK_TILES**2}) and {blocks} blocks; {time.monotonic() - began:.0f} s",
+                    f"{stage:8}{result.identical} of {result.kills} identical; twice at most {tiles} tiles "
+                    f"({IN_FLIGHT} in flight) and {blocks} blocks; {time.monotonic() - began:.0f} s",
                     flush=True,
                 )
                 for fault in result.faults:
