@@ -1,9 +1,11 @@
 """Faults while a slide is read or results are written: nothing is lost that was finished, nothing half is left."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from comparable import without_run
 
 import wsipipe.slide
+import wsipipe.store
 from wsipipe.config import load_config
 from wsipipe.errors import SlideError, StoreError
 from wsipipe.folder import ResultFolder
@@ -209,6 +212,29 @@ def test_a_disk_that_fills_ends_the_run_in_one_line_and_it_goes_on_with_more_roo
     assert code == 0, err
     wsipipe(capfd, *command[:5], "-o", tmp_path / "whole", *command[7:], "--config", tmp_path / "c.yaml")
     assert results(out) == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("slow", ["reads", "writes"])
+def test_a_disk_that_stalls_now_and_then_costs_time_alone(slow, tiny, oracle, tmp_path, monkeypatch):
+    run(tiny.path, tmp_path / "whole", oracle)
+    stalls = []
+
+    def stall(function):
+        calls = itertools.count()
+
+        def stalled(*arguments):
+            if next(calls) % 7 == 3:  # in the midst of it, so that others overtake it
+                stalls.append(function.__name__)
+                time.sleep(0.15)
+            return function(*arguments)
+
+        return stalled
+
+    place, name = (TiledTiff, "_decode") if slow == "reads" else (wsipipe.store, "_to_disk")
+    monkeypatch.setattr(place, name, stall(getattr(place, name)))
+    run(tiny.path, tmp_path / "out", oracle)
+    assert len(stalls) >= 2
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
 
 
 def test_a_chunk_that_is_removed_is_seen_and_no_table_is_written(tiny, oracle, tmp_path):
