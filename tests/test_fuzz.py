@@ -26,7 +26,7 @@ def test_every_reader_refuses_damaged_files_or_answers_rightly(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["inputs"] >= 390
+    assert summary["inputs"] >= 375  # where there are no real slides, these are left out
     assert summary["refused"] > summary["answered"] > 20
 
 
