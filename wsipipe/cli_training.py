@@ -1,6 +1,7 @@
 """The commands around training: `data`, `evaluate`, `table`. As in `wsipipe.cli`, nothing heavy is imported here."""
 
 import json
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -214,6 +215,7 @@ def calibrate(
     from wsipipe.training.calibration import calibrate as fitted
     from wsipipe.training.data import PatchSet
 
+    logging.getLogger("wsipipe.stages").setLevel(logging.WARNING)  # they run once an image and temperature
     loaded = load_model(model)
     network, figures = fitted(loaded, [PatchSet.open(folder) for folder in data], device=device)
     notes = {**read_notes(model), "calibration": figures, "calibrated_from_sha256": loaded[2]}
