@@ -18,6 +18,10 @@ pytest.importorskip("snakemake")
 pytestmark = pytest.mark.timeout(1800)  # a busy machine is no fault of the code
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 RULES = ("tissue", "maps", "nuclei", "export", "report", "summary")
+OUTPUTS = {
+    "tissue": "tissue.png", "maps": "maps.zarr/zarr.json", "nuclei": "nuclei.parquet", "export": "nuclei.geojson.gz",
+    "report": "report.html",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,6 @@ def result_bytes(folder: Path) -> dict[str, bytes]:
 
 
 RUN_KEYS = ("command", "maps", "chunks", "chunks_before", "megapixels", "tiles")
-
-
-IN_SUITE = (("maps", "snakemake"),)  # of the kills; each takes a minute or two, so the others are slow together
 
 
 @pytest.fixture
@@ -197,17 +198,6 @@ def test_a_broken_slide_fails_alone_and_changes_run_again_what_depends_on_them(w
     assert json.loads((workflow.results / "b" / "nuclei.parquet.json").read_text())["nuclei"]["round"] == 3
 
 
-def run_on_after(workflow: Workflow, rule: str, how: str) -> str:
-    """Kill once in the midst of a rule, then run the same command again; returns what the second run said."""
-    (workflow.faults / rule).write_text(how)
-    first = workflow.run("--rerun-incomplete")
-    assert first.returncode == (-9 if how == "snakemake" else 1), first.stdout
-    assert not (workflow.faults / rule).exists()
-    second = workflow.run("--rerun-incomplete")
-    assert second.returncode == 0, second.stdout
-    return second.stdout
-
-
 @pytest.fixture
 def undisturbed(workflow) -> dict[str, bytes]:
     """What slide a comes to without any kill."""
@@ -216,21 +206,29 @@ def undisturbed(workflow) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("rule", "how"),
-    [
-        pytest.param(rule, how, marks=() if (rule, how) in IN_SUITE else pytest.mark.slow)
-        for rule in RULES
-        for how in ("job", "snakemake")
-    ],
-)  # fmt: skip
-def test_a_kill_in_any_rule_costs_nothing_that_was_finished(rule, how, workflow, undisturbed):
+    "first", ["snakemake", pytest.param("job", marks=pytest.mark.slow)]
+)  # between them every rule sees both
+def test_a_kill_in_every_rule_costs_nothing_that_was_finished(first, workflow, undisturbed):
+    """Each run is killed in a later rule than the one before: now its job, now Snakemake itself."""
     workflow.sheet("a")
-    run_on_after(workflow, rule, how)
+    made: dict[Path, int] = {}
+    second = "job" if first == "snakemake" else "snakemake"
+    for rule, how in zip(RULES, (first, second) * 3, strict=True):
+        (workflow.faults / rule).write_text(how)
+        said = workflow.run("--rerun-incomplete")
+        assert said.returncode == (-9 if how == "snakemake" else 1), f"{rule}: {said.stdout}"
+        assert not (workflow.faults / rule).exists(), f"{rule} did not run: {said.stdout}"
+        finished = [workflow.results / "a" / OUTPUTS[earlier] for earlier in RULES[: RULES.index(rule)]]
+        made = {output: output.stat().st_mtime_ns for output in finished} | made
+    said = workflow.run("--rerun-incomplete")
+    assert said.returncode == 0, said.stdout
+    assert {output: output.stat().st_mtime_ns for output in made} == made
     assert workflow.bytes_of("a") == undisturbed
     assert "done" in (workflow.results / "summary.tsv").read_text().splitlines()[1]
     assert not list(workflow.results.rglob("*.partial"))
-    if (rule, how) == ("maps", "job"):  # the orphan of a killed Snakemake goes on by itself
+    if first == "snakemake":  # so the job of the maps was killed; the orphan of a killed Snakemake goes on by itself
         assert json.loads((workflow.results / "a" / "maps.zarr.json").read_text())["chunks_before"] >= 3
+    assert workflow.jobs() == {}
 
 
 def test_the_second_of_two_runs_is_refused_by_snakemake_itself(workflow):
