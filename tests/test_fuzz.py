@@ -113,7 +113,7 @@ def test_a_description_with_values_that_no_network_has_is_refused(change):
 def test_a_header_that_lies_about_its_network_takes_no_memory(change, tmp_path):
     from dataclasses import replace
 
-    from fuzz import TINY_SETTINGS
+    from fuzz_weights import TINY_SETTINGS
 
     from wsipipe.model.registry import SPECS, build
     from wsipipe.model.weights import save_checkpoint
