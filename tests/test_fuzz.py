@@ -129,7 +129,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_not_run(content, tmp_p
     import pickle
 
     import torch
-    from fuzz import Payload
+    from fuzz_harm import Payload
 
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.pth"
@@ -158,7 +158,7 @@ def test_an_array_whose_header_is_no_header_is_refused(header, tmp_path):
 
 
 def test_an_array_that_needs_pickle_is_refused_and_not_built(tmp_path, monkeypatch):
-    from fuzz import Payload
+    from fuzz_harm import Payload
     from made_patches import write_set
 
     from wsipipe.training.data import PatchSet
