@@ -1,11 +1,13 @@
 """The slide sheet and the settings of a cohort: every fault in one message; options that change with results only."""
 
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from wsipipe.cohort import MOST_FAULTS, CohortConfig, SlideRow, lift_stale_locks, load_cohort, read_sheet
 from wsipipe.errors import ConfigError
@@ -207,6 +209,24 @@ def test_the_schemas_are_those_of_the_code(name, model):
     assert json.loads(path.read_text()) == model.model_json_schema(), (
         f"write json.dumps({model.__name__}.model_json_schema(), indent=2) to {path}"
     )
+
+
+def test_the_documentation_names_every_setting_with_its_default():
+    from wsipipe.config import Config
+
+    text = (Path(__file__).parents[1] / "docs" / "cohort.md").read_text()
+    table = {name: told.strip(" `") for name, told in re.findall(r"^\| `([\w.]+)` \|([^|]*)\|", text, re.M)}
+    assert SlideRow.model_fields.keys() <= table.keys()
+    defaults = CohortConfig().model_dump(mode="json") | {
+        f"settings.{section}.{name}": value
+        for section, values in Config().model_dump(mode="json").items()
+        for name, value in values.items()
+    }
+    del defaults["settings"]
+    assert defaults.keys() <= table.keys()
+    for name, value in defaults.items():
+        if value is not None:  # what stands for nothing is told in words
+            assert yaml.safe_load(table[name]) == value, name
 
 
 def test_ten_thousand_slides_import_nothing_slow():

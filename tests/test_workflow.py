@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from comparable import without_run
@@ -137,6 +138,14 @@ def test_out_of_the_box_the_demo_slide_would_be_run():
     assert jobs == [] or {"report", "summary"} <= set(jobs)  # somebody may have run it here
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_job_knows_whether_it_was_granted_a_gpu(gpus, workflow):
+    workflow.sheet("a")
+    said = workflow.run("--dry-run", "--quiet", "host", "--printshellcmds", "--resources", f"gpu={gpus}")
+    assert said.returncode == 0, said.stdout
+    assert re.findall(r"wsipipe maps .*--device lease:(\d+) ", said.stdout) == [str(gpus)]
+
+
 def test_every_fault_of_the_sheet_is_told_before_any_job_starts(workflow):
     (workflow.folder / "slides.tsv").write_text("slide\tpath\tmpp\na/b\ta.svs\t\nc\tabsent.svs\tthick\n")
     said = workflow.run()
@@ -196,6 +205,12 @@ def test_a_broken_slide_fails_alone_and_changes_run_again_what_depends_on_them(w
     assert changed.returncode == 0, changed.stdout
     assert (workflow.results / "a" / "maps.zarr" / "zarr.json").stat().st_mtime_ns == before
     assert json.loads((workflow.results / "b" / "nuclei.parquet.json").read_text())["nuclei"]["round"] == 3
+
+    packed = workflow.run("--report", "night.zip")
+    assert packed.returncode == 0, packed.stdout
+    with ZipFile(workflow.folder / "night.zip") as archive:
+        pages = [name.rpartition("/")[2] for name in archive.namelist() if "/data/raw/" in name]
+    assert (pages.count("report.html"), pages.count("summary.html")) == (2, 1), pages
 
 
 @pytest.fixture
