@@ -257,3 +257,11 @@ def test_rows_of_any_height_give_what_a_tree_over_all_points_gives(seed, n, heig
         mine = points[row_of == row]
         np.testing.assert_array_equal(counts, tree.query_ball_point(mine, reach, return_length=True) - 1)
         np.testing.assert_array_equal(nearest, tree.query(mine, [2])[0][:, 0])
+
+
+def test_a_file_that_gives_fewer_nuclei_than_it_counts_is_refused(tmp_path, monkeypatch):
+    """A damaged footer may lose its row groups and keep their number of rows."""
+    path = written(tmp_path / "nuclei.parquet", made_nuclei(scattered(50)))
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, **options: iter(()))
+    with pytest.raises(StoreError, match=r"0 of its 50 nuclei are there.*wsipipe nuclei"):
+        list(read_nuclei(path)[1])

@@ -268,7 +268,7 @@ def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> tuple[Nucle
     ------
     StoreError
         If the file is missing, torn, not a table of nuclei, or of another format version; from the stream, if a
-        page of it is not as it was written.
+        page of it is not as it was written, or nuclei are missing.
     """
     try:
         footer = pq.read_metadata(path)
@@ -289,16 +289,19 @@ def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> tuple[Nucle
         raise StoreError(
             f"{path} is a table of nuclei that cannot be used: {said}; make it again with 'wsipipe nuclei'"
         ) from error
-    return meta, _batches(path, columns)
+    return meta, _batches(path, columns, meta.count)
 
 
-def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    wanted = None if columns is None else list(columns)
+def _batches(path: Path, columns: Sequence[str] | None, count: int) -> Iterator[pa.RecordBatch]:
+    wanted, left = None if columns is None else list(columns), count
     try:
         with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=ROW_GROUP, columns=wanted):
                 batch.validate(full=True)
+                left -= batch.num_rows
                 yield batch
+        if left:  # a footer may lose row groups and keep their number of rows
+            raise pa.ArrowInvalid(f"{count - left} of its {count} nuclei are there")
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
 
