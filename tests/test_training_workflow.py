@@ -19,6 +19,8 @@ from wsipipe.training.sources.pannuke import prepare_pannuke
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.timeout(1800)  # a busy machine is no fault of the code
+
 
 def test_a_trained_model_segments_a_slide_without_any_other_step(tiny_slide, tmp_path):
     make_pannuke(tmp_path / "src", images=3, side=64)
