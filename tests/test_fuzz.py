@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, PngImagePlugin
 
 from wsipipe.config import TissueConfig, load_config
 from wsipipe.errors import ConfigError, DataError, ModelError, SlideError, StoreError
@@ -281,3 +282,17 @@ def test_a_foreign_checkpoint_without_one_of_its_tensors_is_refused():
     del content["model_state_dict"]["encoder.interactions.0.extractor.ffn.fc1.weight"]
     with pytest.raises(ModelError, match="is not whole"):
         recognise(content, "x")
+
+
+def test_a_tissue_mask_with_other_pixels_than_were_written_is_refused(tiny, tmp_path):
+    path = tmp_path / "tissue.png"
+    with open_slide(tiny.path) as slide:
+        make_tissue(slide, path, TissueConfig())
+        with Image.open(path) as image:
+            text, mask = image.text["wsipipe"], np.array(image)
+        mask[0, 0] ^= True
+        about = PngImagePlugin.PngInfo()
+        about.add_text("wsipipe", text)
+        Image.fromarray(mask).save(path, pnginfo=about)
+        with pytest.raises(StoreError, match="its pixels are not those that were written"):
+            read_tissue(path, slide)

@@ -3,12 +3,14 @@
 import json
 import logging
 import time
+import zlib
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import shapely
 from PIL import Image, PngImagePlugin
 
@@ -74,6 +76,7 @@ def write_tissue(
         "fingerprint": slide.fingerprint,
         "grid": asdict(tissue.grid),
         "region": None if tissue.region is None else tissue.region.wkt,
+        "crc32": _crc(tissue.mask),
     }
     text = PngImagePlugin.PngInfo()
     text.add_text("wsipipe", json.dumps(about), zip=True)
@@ -97,12 +100,14 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
     Raises
     ------
     StoreError
-        If the file is missing, not ours, or of another slide.
+        If the file is missing, damaged, not ours, or of another slide.
     """
     try:
         with Image.open(path) as image:
             about: dict[str, Any] = json.loads(getattr(image, "text", {})["wsipipe"])
             mask = np.asarray(image.convert("L")) > 0
+        if about["crc32"] != _crc(mask):  # what reads PNG looks at no checksum of pixels
+            raise ValueError("its pixels are not those that were written")
         grid, region = Grid(**about["grid"]), about["region"]
         if about["format"] != FORMAT_VERSION:
             raise ValueError(f"it has format version {about['format']}, this wsipipe reads {FORMAT_VERSION}")
@@ -111,5 +116,9 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
         return TissueMask(mask, grid, None if region is None else shapely.from_wkt(region))
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist; make it with `wsipipe tissue`") from error
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, shapely.errors.GEOSException) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, MemoryError, shapely.errors.GEOSException) as error:
         raise StoreError(f"{path} is no tissue mask of wsipipe ({error}); make it with `wsipipe tissue`") from error
+
+
+def _crc(mask: npt.NDArray[np.bool_]) -> int:
+    return zlib.crc32(np.packbits(mask).tobytes())
