@@ -57,7 +57,7 @@ def step_rate(name: str, batch: int, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="cellvta-nano,cellvta-tiny")
+    parser.add_argument("--models", default="cellvta-nano,cellvta-small")
     parser.add_argument("--crops", type=int, default=160)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)

@@ -327,6 +327,17 @@ def test_training_starts_from_the_weights_of_a_vit(discs, tmp_path):
         train(config(discs, encoder=str(tmp_path / "vit.safetensors"), **frozen), tmp_path / "fourth")
 
 
+def test_training_starts_as_the_equal_of_a_narrower_network(discs, tmp_path):
+    best = train(config(discs, steps=1), tmp_path / "narrow")
+    wider = {"settings": {"dim": 128, "decoder_widths": [32, 64, 128, 192]}, "widen_from": best}
+    still = {"steps": 1, "learning_rate": 1e-9, "weight_decay": 0.0, "ema_decay": 0.0}
+    train(config(discs, **wider, **still), tmp_path / "wide")
+    narrow, wide = (float((tmp_path / run / "validation.csv").read_text().split(",")[-1]) for run in ("narrow", "wide"))
+    assert wide == pytest.approx(narrow, rel=0.02)
+    with pytest.raises(ConfigError, match="cannot be widened"):
+        train(config(discs, settings={"dim": 96}, **still, widen_from=best), tmp_path / "odd")
+
+
 def test_a_killed_process_goes_on_to_the_same_bits(discs, tmp_path):
     """With paths that are dropped at random, so that the draws within a step count too."""
     experiment = tmp_path / "experiment.yaml"

@@ -58,8 +58,7 @@ MILLIONS: dict[str, float] = {
     "ciscnet": 34.18,
     "pointnu-net": 161.35,
     "cellvta-nano": 2.76,
-    "cellvta-tiny": 10.46,
-    "cellvta-small": 40.11,
+    "cellvta-small": 10.47,
 }
 
 

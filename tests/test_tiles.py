@@ -81,4 +81,4 @@ def test_a_tile_without_a_core_is_refused(tile, halo, chunk):
 @pytest.mark.parametrize(("tile_px", "halo_px", "chunk_px"), [(256, 32, 768), (512, 32, 1792), (1024, 64, 1792)])
 def test_chunks_are_four_tiles_wide_or_about_2000_px(tile_px, halo_px, chunk_px):
     config = MapsConfig(tile_px=tile_px, halo_px=halo_px)
-    assert tile_geometry(SPECS["cellvta-tiny"], config).chunk_px == chunk_px
+    assert tile_geometry(SPECS["cellvta-nano"], config).chunk_px == chunk_px

@@ -48,6 +48,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     start_from: Path | None = Field(
         None, description="checkpoint, ours or upstream's, whose weights are taken where they fit"
     )
+    widen_from: Path | None = Field(
+        None, description="checkpoint of a narrower network of the same layers, as whose equal this one starts"
+    )
     variant: Literal["published", "paper"] | None = Field(None, description="a set of settings, see VARIANTS")
     data: dict[Path, float] = Field(description="folders of patch sets, and how often each is drawn")
     folds: dict[Split, list[str]] = Field(

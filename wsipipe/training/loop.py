@@ -46,6 +46,7 @@ from wsipipe.training.found import nuclei_of
 from wsipipe.training.objectives import Objective, objective_of
 from wsipipe.training.sampling import image_weights
 from wsipipe.training.validation import validate
+from wsipipe.training.widening import widen
 
 __all__ = ["TrainConfig", "load_experiment", "train"]
 
@@ -222,8 +223,11 @@ def spec_of(config: TrainConfig, classes: tuple[str, ...] | None, tissues: Seque
 
 
 def _take_weights(network: nn.Module, config: TrainConfig) -> None:
-    """Start from other weights: the ViT's (`encoder`), or all that fit (`start_from`)."""
+    """Start from other weights: a narrower network's, the ViT's (`encoder`), or all that fit (`start_from`)."""
     own = network.state_dict()
+    if config.widen_from is not None:
+        widen(open_checkpoint(config.widen_from)[0], network, config.seed)
+        log.info("starts as the equal of %s", config.widen_from)
     if config.start_from is not None:
         found = open_checkpoint(config.start_from)[0].state_dict()
         fitting = {key: value for key, value in found.items() if key in own and own[key].shape == value.shape}

@@ -1,0 +1,81 @@
+"""Start a network as the equal of a narrower one that is trained already.
+
+Chen et al. 2016, Net2Net, arXiv 1511.05641. Every channel becomes several copies side by side, and whoever reads a
+channel reads the copies in shares that sum up to what was read before: the wide network gives the same answer as the
+narrow one from the first step on. The shares are drawn, or the copies would learn the same for ever.
+"""
+
+import torch
+from timm.layers.attention import Attention
+from torch import Tensor, nn
+
+from wsipipe.errors import ConfigError
+
+_SHARES = (0.2, 0.8)  # of the first of two copies
+
+
+def widen(narrow: nn.Module, wide: nn.Module, seed: int = 0) -> None:
+    """Give `wide` the weights that make it answer as `narrow` does.
+
+    Both are of one architecture; every width of `wide` is a multiple of that of `narrow`, and its heads are as many.
+
+    Raises
+    ------
+    ConfigError
+        If a tensor of one has no counterpart in the other, or a width is no multiple.
+    """
+    found, own = narrow.state_dict(), wide.state_dict()
+    if missing := sorted(found.keys() ^ own.keys()):
+        raise ConfigError(f"only networks of the same layers can be widened; {missing[0]} is in one of them alone")
+    for name, new in own.items():
+        old = found[name]
+        if old.ndim != new.ndim or any(b % a for a, b in zip(old.shape, new.shape, strict=True)):
+            raise ConfigError(f"{name} is {tuple(old.shape)} and cannot be widened to {tuple(new.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: _copied(found[name].cpu(), new) for name, new in own.items()}
+    for prefix, module in wide.named_modules():
+        reads = _input_axis(module)
+        name = f"{prefix}.weight"
+        if reads is not None and made[name].shape[reads] != found[name].shape[reads]:
+            copies = made[name].shape[reads] // found[name].shape[reads]
+            made[name] = made[name] * _shares(made[name], reads, copies, generator)
+        if isinstance(module, Attention):
+            _keep_logits(module, prefix, made, wide=own, narrow=found)
+    wide.load_state_dict(made)
+
+
+def _copied(old: Tensor, new: Tensor) -> Tensor:
+    """`old` with every entry of every axis repeated side by side, up to the shape of `new`."""
+    for axis, (a, b) in enumerate(zip(old.shape, new.shape, strict=True)):
+        if a != b:
+            old = old.repeat_interleave(b // a, dim=axis)
+    return old
+
+
+def _input_axis(module: nn.Module) -> int | None:
+    """Axis of a layer's weights along which it sums; None if it does not."""
+    if isinstance(module, nn.ConvTranspose2d):
+        return 0
+    return 1 if isinstance(module, nn.Linear | nn.Conv2d) else None
+
+
+def _shares(weights: Tensor, axis: int, copies: int, generator: torch.Generator) -> Tensor:
+    """What each copy of a channel is worth to each output: they sum up to 1 over the copies."""
+    low, high = _SHARES
+    rows = weights.movedim(axis, 0)
+    drawn = low + (high - low) * torch.rand(
+        rows.shape[0] // copies, copies, *rows.shape[1:], generator=generator, dtype=weights.dtype
+    )
+    return (drawn / drawn.sum(1, keepdim=True)).flatten(0, 1).movedim(0, axis)
+
+
+def _keep_logits(
+    module: Attention, prefix: str, made: dict[str, Tensor], *, wide: dict[str, Tensor], narrow: dict[str, Tensor]
+) -> None:
+    """A head of r times the channels sums r times as much, and divides by a root that is sqrt(r) times as long."""
+    name = f"{prefix}.qkv.weight"
+    ratio = wide[name].shape[0] / narrow[name].shape[0]
+    queries = wide[name].shape[0] // 3
+    for part in ("weight", "bias"):
+        if f"{prefix}.qkv.{part}" in made:
+            made[f"{prefix}.qkv.{part}"][:queries] *= ratio**-0.5
