@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from wsipipe.errors import ConfigError
+from wsipipe.errors import ConfigError, one_line
 
 MOST_YAML_BYTES = 1 << 18
 MOST_FAULTS = 20  # told at once
@@ -153,7 +153,7 @@ def parse_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     # The loader takes lists for numbers and dates as they come, and calls itself for every level of nesting.
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error)) from error
 
 
 def faults(error: ValidationError) -> str:

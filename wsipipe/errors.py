@@ -30,3 +30,16 @@ class SettingsError(StoreError):
 
 class DataError(WsipipeError):
     """A training or evaluation data set that does not hold what its layout promises."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of a library says, for a sentence of ours: without line breaks, its kind if it says nothing.
+
+    Examples
+    --------
+    >>> one_line(ValueError("no scalar\\n  in line 2"))
+    'no scalar in line 2'
+    >>> one_line(MemoryError())
+    'MemoryError'
+    """
+    return " ".join(str(error).split()) or type(error).__name__

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from wsipipe.errors import SlideError
+from wsipipe.errors import SlideError, one_line
 from wsipipe.geometry import Box
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -82,8 +82,7 @@ def open_reader(path: str | Path) -> Reader:
 
 
 def _malformed(path: str | Path, error: Exception) -> SlideError:
-    said = " ".join(str(error).split())
-    return SlideError(f"{path} cannot be opened, it is damaged, incomplete or malformed: {said}")
+    return SlideError(f"{path} cannot be opened, it is damaged, incomplete or malformed: {one_line(error)}")
 
 
 class OpenSlideReader:
@@ -230,7 +229,7 @@ class Picture:
         except UnidentifiedImageError as error:
             raise SlideError(f"{path} is neither a slide nor a picture of a format that can be read") from error
         except (OSError, SyntaxError, ValueError, MemoryError) as error:
-            raise SlideError(f"{path} cannot be read, it is damaged or incomplete: {error}") from error
+            raise SlideError(f"{path} cannot be read, it is damaged or incomplete: {one_line(error)}") from error
         self.sizes = [(width, height)]
         self.properties: dict[str, str] = {}
 
@@ -278,7 +277,7 @@ def _open_tiffslide(path: str) -> TiffSlideReader:
                 if not all(_lists_its_tiles(page) for level in series.levels for page in level.pages):
                     raise ValueError("it declares more tiles than it lists")
         except Exception as error:  # TiffSlide lets through whatever any of its layers raises
-            raise SlideError(f"{path} cannot be opened as a slide: {' '.join(str(error).split())}") from error
+            raise SlideError(f"{path} cannot be opened as a slide: {one_line(error)}") from error
         opened.callback(slide.close)
         channels = shape[axes.index("S" if "S" in axes else "C")] if axes in ("YXS", "CYX") else 0
         if dtype != np.uint8 or not (channels == 3 or (channels == 4 and axes == "YXS")):

@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
-from wsipipe.errors import SlideError
+from wsipipe.errors import SlideError, one_line
 from wsipipe.geometry import Box, Grid, partition
 from wsipipe.readers import Reader, open_reader
 from wsipipe.resample import resampled
@@ -157,7 +157,7 @@ class Slide:
                 if pause is None:
                     raise SlideError(
                         f"{self.path} cannot be read at level {level}, x {part.x0} to {part.x1}, "
-                        f"y {part.y0} to {part.y1}, it is damaged or incomplete there: {' '.join(str(error).split())}"
+                        f"y {part.y0} to {part.y1}, it is damaged or incomplete there: {one_line(error)}"
                     ) from error
             time.sleep(pause)
             self._reopen(reader)

@@ -21,7 +21,7 @@ from zarr.codecs import ZstdCodec
 
 import wsipipe
 from wsipipe.device import Precision
-from wsipipe.errors import SettingsError, StoreError
+from wsipipe.errors import SettingsError, StoreError, one_line
 from wsipipe.geometry import Box, Grid
 from wsipipe.lock import Lock
 from wsipipe.maps import Maps
@@ -178,9 +178,7 @@ class MapStore:
             if _sha256(counts) != attributes["counts"]["sha256"]:
                 raise ValueError("the table of its chunks does not have its checksum")
         except Exception as error:  # each codec and every part of zarr has its own
-            raise StoreError(
-                f"{self._root} is damaged ({' '.join(str(error).split())}); make it again with --overwrite"
-            ) from error
+            raise StoreError(f"{self._root} is damaged ({one_line(error)}); make it again with --overwrite") from error
         self._np, self._hv, self._nc, self._tissue = arrays[:-1]
         self.wanted = {int(index): int(counts.flat[index]) for index in np.flatnonzero(counts)}
         self._tissue_sha256: str = attributes["tissue_mask"]
@@ -274,7 +272,9 @@ class MapStore:
             mask = np.asarray(self._tissue[...], bool)
         except Exception as error:  # each codec has its own
             if (self._root / "zarr.json").exists():
-                raise StoreError(f"{self._root} is damaged ({error}); make it again with --overwrite") from error
+                raise StoreError(
+                    f"{self._root} is damaged ({one_line(error)}); make it again with --overwrite"
+                ) from error
         if not (self._root / "zarr.json").exists():  # renamed meanwhile, as in `read`
             return self._renamed.tissue
         if mask is None or _sha256(mask) != self._tissue_sha256:
@@ -311,7 +311,9 @@ class MapStore:
                 maps = self._read(box)
             except Exception as error:  # each codec has its own
                 if (self._root / "zarr.json").exists():
-                    raise StoreError(f"{self._root} is damaged ({error}); make it again with --overwrite") from error
+                    raise StoreError(
+                        f"{self._root} is damaged ({one_line(error)}); make it again with --overwrite"
+                    ) from error
         if not (self._root / "zarr.json").exists():  # finished, and so renamed, meanwhile: what was read may be holes
             return self._renamed.read(box)
         if lost:

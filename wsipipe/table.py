@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 
-from wsipipe.errors import SettingsError, StoreError
+from wsipipe.errors import SettingsError, StoreError, one_line
 from wsipipe.features import NUCLEI_SCHEMA
 from wsipipe.geometry import Box, Grid
 from wsipipe.neighbours import Neighbourhood
@@ -285,9 +285,8 @@ def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> tuple[Nucle
     except (OSError, pa.ArrowInvalid) as error:
         raise _unreadable(path, error) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        said = " ".join(str(error).split())
         raise StoreError(
-            f"{path} is a table of nuclei that cannot be used: {said}; make it again with 'wsipipe nuclei'"
+            f"{path} is a table of nuclei that cannot be used: {one_line(error)}; make it again with 'wsipipe nuclei'"
         ) from error
     return meta, _batches(path, columns, meta.count)
 
@@ -307,8 +306,7 @@ def _batches(path: Path, columns: Sequence[str] | None, count: int) -> Iterator[
 
 
 def _unreadable(path: Path, error: Exception) -> StoreError:
-    said = " ".join(str(error).split())
-    return StoreError(f"{path} cannot be read as Parquet ({said}); make it again with 'wsipipe nuclei'")
+    return StoreError(f"{path} cannot be read as Parquet ({one_line(error)}); make it again with 'wsipipe nuclei'")
 
 
 def _crc(file: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from wsipipe.errors import ModelError
+from wsipipe.errors import ModelError, one_line
 from wsipipe.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -339,5 +339,6 @@ def build(spec: ModelSpec) -> nn.Module:
     try:
         return ARCHITECTURES[spec.architecture](classes=len(spec.class_names), **spec.settings)
     except Exception as error:  # each layer refuses in its own way what makes no sense
-        said = " ".join(str(error).split())
-        raise ModelError(f"{spec.name}: its settings do not make a {spec.architecture}: {said:.300}") from error
+        raise ModelError(
+            f"{spec.name}: its settings do not make a {spec.architecture}: {one_line(error):.300}"
+        ) from error

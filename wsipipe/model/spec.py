@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from wsipipe.config import MapsConfig
-from wsipipe.errors import ConfigError, ModelError
+from wsipipe.errors import ConfigError, ModelError, one_line
 from wsipipe.tiles import TileGeometry
 
 SPEC_VERSION = 1
@@ -92,8 +92,7 @@ class ModelSpec:
             spec.require_sense()
             return spec
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            said = " ".join(str(error).split())
-            raise ModelError(f"the checkpoint's description cannot be read: {said:.300}") from error
+            raise ModelError(f"the checkpoint's description cannot be read: {one_line(error):.300}") from error
 
     def require_sense(self) -> None:
         """Raise ValueError or TypeError for values that no network has: a file from elsewhere may say anything."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsipipe.errors import ModelError
+from wsipipe.errors import ModelError, one_line
 from wsipipe.model.registry import CONIC_CLASSES, CONIC_COLOURS, PANNUKE_CLASSES, PANNUKE_COLOURS, SPECS
 from wsipipe.model.spec import ModelSpec
 
@@ -68,8 +68,9 @@ def recognise(content: Mapping[str, Any], name: str) -> tuple[ModelSpec, dict[st
                 spec, weights = take(state, _flat(content.get("config")), name)
                 spec.require_sense()
             except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-                said = " ".join(str(error).split())
-                raise ModelError(f"{name} looks like a {take.__name__[1:]} but is not whole: {said:.300}") from error
+                raise ModelError(
+                    f"{name} looks like a {take.__name__[1:]} but is not whole: {one_line(error):.300}"
+                ) from error
             return spec, weights
     if encoder_state(state) is not None:
         raise ModelError(

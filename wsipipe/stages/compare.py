@@ -18,7 +18,7 @@ import tifffile
 from PIL import Image
 
 from wsipipe.comparison import OutlinedNuclei, Scores, compare, to_table
-from wsipipe.errors import ConfigError, DataError, StoreError, WsipipeError
+from wsipipe.errors import ConfigError, DataError, StoreError, WsipipeError, one_line
 from wsipipe.folder import write_record
 from wsipipe.outlines import trace_outlines
 from wsipipe.rings import closed_rings
@@ -117,8 +117,7 @@ def read_nuclei_file(path: Path, at: tuple[int, int] = (0, 0)) -> NucleiFile:
     except WsipipeError:
         raise
     except Exception as error:  # each format and codec has its own, and what a file holds may be of any type
-        said = " ".join(str(error).split())
-        raise DataError(f"{path} {kind}: {said or type(error).__name__}") from error
+        raise DataError(f"{path} {kind}: {one_line(error)}") from error
 
 
 def _read_table(path: Path) -> NucleiFile:

@@ -15,7 +15,7 @@ import shapely
 from PIL import Image, PngImagePlugin
 
 from wsipipe.config import TissueConfig
-from wsipipe.errors import SlideError, StoreError
+from wsipipe.errors import SlideError, StoreError, one_line
 from wsipipe.folder import write_record
 from wsipipe.geometry import Box, Grid
 from wsipipe.roi import read_roi
@@ -117,7 +117,9 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist; make it with `wsipipe tissue`") from error
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, MemoryError, shapely.errors.GEOSException) as error:
-        raise StoreError(f"{path} is no tissue mask of wsipipe ({error}); make it with `wsipipe tissue`") from error
+        raise StoreError(
+            f"{path} is no tissue mask of wsipipe ({one_line(error)}); make it with `wsipipe tissue`"
+        ) from error
 
 
 def _crc(mask: npt.NDArray[np.bool_]) -> int:

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from wsipipe.device import usable_cpus
-from wsipipe.errors import ConfigError, StoreError, WsipipeError
+from wsipipe.errors import ConfigError, StoreError, WsipipeError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,9 @@ def hired(scheduler: str, workers: int | None) -> Iterator[Workers]:
         try:
             client = Client(address, timeout=ANSWER_S, set_as_default=False)
         except OSError as error:
-            raise ConfigError(f"no Dask scheduler answers at {scheduler} ({error}); check the address") from error
+            raise ConfigError(
+                f"no Dask scheduler answers at {scheduler} ({one_line(error)}); check the address"
+            ) from error
         yield Workers(_Cluster(stack.enter_context(client), scheduler))
 
 

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from wsipipe.errors import DataError
+from wsipipe.errors import DataError, one_line
 
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
@@ -211,7 +211,7 @@ def _read_array(path: Path, dtypes: tuple[str, ...]) -> Array:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # the header is parsed as Python, which fails in ways of its own
-        raise DataError(f"{path} cannot be read as an array: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path} cannot be read as an array: {one_line(error)}") from error
     if not isinstance(array, np.ndarray) or array.dtype.name not in dtypes:
         raise DataError(f"{path} holds {getattr(array, 'dtype', 'no array')}; it must be {' or '.join(dtypes)}")
     return np.asarray(array)  # the same map, without the cost of its class in every slice

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from wsipipe.errors import ConfigError, StoreError
+from wsipipe.errors import ConfigError, StoreError, one_line
 
 # Name in the tables and in published.yaml, and where `scores.json` has it.
 COLUMNS = {
@@ -100,7 +100,7 @@ def read_published(path: Path) -> dict[str, Any]:
             if key not in COLUMNS
         ]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read as published figures: {error}") from error
+        raise ConfigError(f"{path} cannot be read as published figures: {one_line(error)}") from error
     if faults:
         raise ConfigError(f"{path}: {'; '.join(faults)}")
     return dict(published)

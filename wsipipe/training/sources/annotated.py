@@ -18,7 +18,7 @@ import numpy.typing as npt
 import shapely
 from skimage import draw
 
-from wsipipe.errors import DataError, SlideError
+from wsipipe.errors import DataError, SlideError, one_line
 from wsipipe.geometry import Box
 from wsipipe.slide import Slide, open_slide
 from wsipipe.training.data import SPLITS, UNKNOWN_TYPE, Patch, PatchSet
@@ -175,7 +175,7 @@ def _read_labels(path: Path) -> Array:
         try:
             labels: Any = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read as an array of numbers: {error}") from error
+            raise DataError(f"{path} cannot be read as an array of numbers: {one_line(error)}") from error
     else:
         labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if not isinstance(labels, np.ndarray) or labels.ndim != 2 or labels.dtype.kind not in "iu":
@@ -343,7 +343,7 @@ def read_annotation(path: Path) -> Annotation:
             classification = (feature.get("properties") or {}).get("classification") or {}
             name = str(classification.get("name") or " ".join(classification.get("names") or []) or "")
         except (ValueError, TypeError, KeyError, AttributeError, shapely.errors.ShapelyError) as error:
-            raise DataError(f"{path}, object {number}, has no geometry that can be read: {error}") from error
+            raise DataError(f"{path}, object {number}, has no geometry that can be read: {one_line(error)}") from error
         parts = [part for part in shapely.get_parts(shapely.make_valid(area)) if part.geom_type == "Polygon"]
         if not parts:
             raise DataError(f"{path}, object {number}, is a {area.geom_type}; nuclei and regions are closed shapes")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numpy._core import multiarray
 
 from wsipipe.config import read_yaml
-from wsipipe.errors import ConfigError, DataError
+from wsipipe.errors import ConfigError, DataError, one_line
 from wsipipe.metrics import remap_label
 from wsipipe.training.data import Patch, PatchSet
 from wsipipe.training.write import Description, Drawn, write_patch_set
@@ -138,9 +138,11 @@ def read_label(path: Path) -> tuple[Array, Array]:
     except DataError:
         raise
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path} was not opened: {error}") from error
+        raise DataError(f"{path} was not opened: {one_line(error)}") from error
     except Exception as error:
-        raise DataError(f"{path} is no label of inst_map and type_map: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"{path} is no label of inst_map and type_map: {type(error).__name__}: {one_line(error)}"
+        ) from error
     for name, array in (("inst_map", inst_map), ("type_map", type_map)):
         if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.number):
             raise DataError(f"{path}: {name} is not an array (H, W) of numbers")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsipipe.errors import DataError
+from wsipipe.errors import DataError, one_line
 from wsipipe.metrics import remap_label
 from wsipipe.model.registry import PANNUKE_CLASSES
 from wsipipe.training.data import Patch, PatchSet
@@ -100,7 +100,8 @@ def read_array(path: Path) -> Array:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
-            f"{path} cannot be read as an array ({error}); files of Python objects are not opened, they could run code"
+            f"{path} cannot be read as an array ({one_line(error)}); "
+            "files of Python objects are not opened, they could run code"
         ) from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} is an archive of arrays, not one array")
