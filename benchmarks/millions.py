@@ -32,11 +32,12 @@ from wsipipe.config import NucleiConfig
 from wsipipe.folder import ResultFolder
 from wsipipe.geometry import Box, Grid
 from wsipipe.model.spec import ModelSpec
+from wsipipe.provenance import StoreMeta
 from wsipipe.slide import Slide
 from wsipipe.stages.compare import read_features
 from wsipipe.stages.export import make_export
 from wsipipe.stages.nuclei import make_nuclei
-from wsipipe.store import COMMITS, MapStore, StoreMeta
+from wsipipe.store import COMMITS, MapStore
 from wsipipe.table import read_nuclei
 from wsipipe.tiles import TileGeometry
 from wsipipe.tissue import TissueMask

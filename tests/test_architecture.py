@@ -19,8 +19,9 @@ SHELL = ("slide", "store", "stages")
 FOREIGN = ("zarr", "torch")
 # Each knows only those before it, by whatever way; helpers that are not named here are found through their users.
 LAYERS = (
-    ("errors",), ("geometry",), ("config",), ("slide", "tissue", "roi"), ("tiles",), ("model", "maps"), ("store",),
-    ("instances",), ("features",), ("table",), ("geojson",), ("overlay",), ("stages",), ("cli",),
+    ("errors",), ("atomic",), ("geometry",), ("config",), ("slide", "tissue", "roi"), ("tiles",), ("model", "maps"),
+    ("provenance",), ("store",), ("instances",), ("features",), ("table",), ("geojson",), ("overlay",),
+    ("stages",), ("cli",),
 )  # fmt: skip
 SLOW = ("torch", "zarr", "dask", "geopandas", "skimage", "numba", "pyarrow", "cv2")
 

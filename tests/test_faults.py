@@ -13,7 +13,6 @@ import pytest
 from comparable import without_run
 
 import wsipipe.slide
-import wsipipe.store
 from wsipipe.config import load_config
 from wsipipe.errors import SlideError, StoreError
 from wsipipe.folder import ResultFolder
@@ -230,7 +229,7 @@ def test_a_disk_that_stalls_now_and_then_costs_time_alone(slow, tiny, oracle, tm
 
         return stalled
 
-    place, name = (TiledTiff, "_decode") if slow == "reads" else (wsipipe.store, "_to_disk")
+    place, name = (TiledTiff, "_decode") if slow == "reads" else (os, "fsync")
     monkeypatch.setattr(place, name, stall(getattr(place, name)))
     run(tiny.path, tmp_path / "out", oracle)
     assert len(stalls) >= 2

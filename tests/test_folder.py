@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from wsipipe.atomic import finished
 from wsipipe.config import Config
 from wsipipe.errors import StoreError
 from wsipipe.folder import ResultFolder
@@ -17,7 +18,6 @@ from wsipipe.model.weights import load_model
 from wsipipe.slide import open_slide
 from wsipipe.stages.segment import segment
 from wsipipe.stages.tissue import find_tissue
-from wsipipe.store import finished
 
 
 def run(slide_path, out, model, **options):

@@ -23,12 +23,13 @@ from wsipipe.errors import ConfigError, StoreError
 from wsipipe.geometry import Box
 from wsipipe.maps import Maps
 from wsipipe.model.spec import ModelSpec
+from wsipipe.provenance import StoreMeta
 from wsipipe.slide import open_slide
 from wsipipe.stages import nuclei as stage
 from wsipipe.stages import workers as crew
 from wsipipe.stages.nuclei import make_nuclei
 from wsipipe.stages.workers import hired
-from wsipipe.store import MapStore, StoreMeta
+from wsipipe.store import MapStore
 from wsipipe.table import NucleiSpool, read_nuclei
 from wsipipe.tiles import TileGeometry
 

@@ -20,7 +20,8 @@ from wsipipe.errors import StoreError
 from wsipipe.geometry import Box, Grid
 from wsipipe.maps import Maps
 from wsipipe.model.spec import ModelSpec
-from wsipipe.store import MapStore, StoreMeta, finished
+from wsipipe.provenance import StoreMeta
+from wsipipe.store import MapStore
 from wsipipe.tiles import TileGeometry
 
 SPEC = ModelSpec(
@@ -79,23 +80,6 @@ def same(found: Maps, expected: Maps) -> bool:
     return all(one.dtype == other.dtype and np.array_equal(one, other) for one, other in pairs)
 
 
-def test_a_file_takes_its_name_only_when_its_writer_succeeds(tmp_path: Path) -> None:
-    place = tmp_path / "new" / "nuclei.parquet"
-    with finished(place) as partial:
-        partial.write_text("whole")
-        assert not place.exists()
-    assert place.read_text() == "whole"
-
-    def fail(partial: Path) -> None:
-        partial.write_text("ha")
-        raise RuntimeError("disk")
-
-    with pytest.raises(RuntimeError), finished(place) as partial:
-        fail(partial)
-    assert place.read_text() == "whole"
-    assert [file.name for file in place.parent.iterdir()] == ["nuclei.parquet"]
-
-
 def test_what_is_written_is_read_and_all_else_is_zero(tmp_path: Path) -> None:
     complete(tmp_path / "maps.zarr")
     store = MapStore.open(tmp_path / "maps.zarr")
@@ -127,22 +111,6 @@ def test_a_box_reads_as_that_part_of_the_whole_with_zeros_around(
     place = (..., *box.within(far).slices)
     expected = Maps(whole.nuclei[place], whole.offsets[place], whole.types[place])
     assert same(whole_store.read(box), expected)
-
-
-@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 3), st.data())
-def test_a_box_meets_exactly_the_chunks_whose_pixels_it_shares(
-    width: int, height: int, chunk_tiles: int, data: st.DataObject
-) -> None:
-    meta = replace(META, grid=replace(META.grid, width=width, height=height), geometry=TileGeometry(32, 8, chunk_tiles))
-    numbered = np.full((height, width), -1)
-    index = 0
-    while not (box := meta.chunk_box(index)).is_empty:
-        numbered[box.slices] = index
-        index += 1
-    assert (numbered >= 0).all()
-    x, y = data.draw(st.integers(-50, 210)), data.draw(st.integers(-50, 210))
-    box = Box(x, y, x + data.draw(st.integers(0, 100)), y + data.draw(st.integers(0, 100)))
-    assert meta.chunk_indices(box) == np.unique(numbered[box.clipped(meta.grid.box).slices]).tolist()
 
 
 def test_chunks_without_tissue_take_no_room(whole_store: MapStore) -> None:

@@ -236,7 +236,7 @@ def table(
     ] = None,
 ) -> None:
     """Set the scores of many experiments beside each other, and beside what was published."""
-    from wsipipe.store import finished
+    from wsipipe.atomic import finished
     from wsipipe.training.tables import read_published, read_rows, write_tables
 
     text = write_tables(read_rows(results), read_published(published) if published else {})

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wsipipe.store import finished
+from wsipipe.atomic import finished
 
 # µm/px. The picture does not say. At 0.5 the nuclei of the glands, about 10 x 22 px, are 5 x 11 µm, as those of colon
 # epithelium are, and the median of all, outlined by threshold, has 20 to 30 µm²; at 0.25 it would have a quarter.

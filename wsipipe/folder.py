@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wsipipe
+from wsipipe.atomic import finished
 from wsipipe.errors import StoreError
 from wsipipe.geometry import Box
 from wsipipe.lock import Lock
-from wsipipe.store import finished
 
 if TYPE_CHECKING:
     from wsipipe.slide import Slide

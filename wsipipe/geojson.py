@@ -22,10 +22,10 @@ import pyarrow as pa
 import shapely
 from isal import igzip
 
+from wsipipe.atomic import finished
 from wsipipe.compiled import compiled
 from wsipipe.errors import ConfigError
 from wsipipe.rings import Rings
-from wsipipe.store import finished
 from wsipipe.table import NucleiMeta, read_nuclei
 
 log = logging.getLogger(__name__)

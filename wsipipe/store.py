@@ -1,14 +1,11 @@
-"""The files of one slide: a path that exists is complete, what is not yet complete is called `.partial`."""
+"""The maps of one slide on the disk: written and committed chunk by chunk, compared with checksums as they are read."""
 
 import hashlib
-import json
 import os
 import re
-import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,115 +17,19 @@ import zarr.errors
 from zarr.codecs import ZstdCodec
 
 import wsipipe
-from wsipipe.device import Precision
+from wsipipe.atomic import discard, partial_of, to_disk
 from wsipipe.errors import SettingsError, StoreError, one_line
-from wsipipe.geometry import Box, Grid
+from wsipipe.geometry import Box
 from wsipipe.lock import Lock
 from wsipipe.maps import Maps
-from wsipipe.model.spec import ModelSpec
-from wsipipe.tiles import TileGeometry
+from wsipipe.provenance import FORMAT_VERSION, StoreMeta, differences, identity_of, read_attributes, require_sum, sum_of
 
-FORMAT_VERSION = 2
 # Of zstd 1 to 3 and Blosc with and without shuffling on crowded maps (9 channels, 768 px chunks), level 1 costs
 # least to write: 14 MP/s of one core, 3.4 bytes a pixel. Level 3 saves a tenth of the bytes for 1.4 times the work.
 COMPRESSION_LEVEL = 1
 UNREAD = "unread"  # one line a place of the slide that could not be read: x0 y0 x1 y1 at level 0
 COMMITS = "commits"  # one line a finished chunk, in the order of finishing: its index and the CRC-32 of its files
 MOST_COARSE_PX = 1 << 28  # of a tissue mask or a table of chunks: a damaged size must not fill the memory
-
-
-@contextmanager
-def finished(path: Path) -> Iterator[Path]:
-    """Yield `<path>.partial` to write a file to; it takes the name `path` only if the block succeeds."""
-    partial = _partial(path)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.unlink(missing_ok=True)  # left by a kill; or a link, which would lead the writer elsewhere
-    try:
-        yield partial
-        _to_disk(partial)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
-
-
-@dataclass(frozen=True, slots=True)
-class StoreMeta:
-    """What maps were made of, and with what.
-
-    Attributes
-    ----------
-    slide, fingerprint : str
-        Name of the slide, for people; hash of its file, for comparing.
-    grid : Grid
-        The working pixels.
-    tissue_grid : Grid
-        The pixels of the tissue mask.
-    tissue_settings : dict
-        What the tissue was found with; JSON values.
-    precision : "fp32", "bf16" or "fp16"
-        Of the network's arithmetic.
-    """
-
-    slide: str
-    fingerprint: str
-    grid: Grid
-    geometry: TileGeometry
-    spec: ModelSpec
-    weights_sha256: str
-    precision: Precision
-    tissue_grid: Grid
-    tissue_settings: dict[str, Any]
-    config_hash: str
-
-    def chunk_box(self, index: int) -> Box:
-        """Pixels of a chunk on the working grid; chunks count row by row."""
-        side = self.geometry.chunk_px
-        row, column = divmod(index, self.columns)
-        x, y = column * side, row * side
-        return Box(x, y, x + side, y + side).clipped(self.grid.box)
-
-    def chunk_indices(self, box: Box) -> list[int]:
-        """Chunks that a box of the working grid meets, in order."""
-        side, box = self.geometry.chunk_px, box.clipped(self.grid.box)
-        if box.is_empty:
-            return []
-        rows = range(box.y0 // side, (box.y1 - 1) // side + 1)
-        columns = range(box.x0 // side, (box.x1 - 1) // side + 1)
-        return [row * self.columns + column for row in rows for column in columns]
-
-    @property
-    def columns(self) -> int:
-        """Chunks a row."""
-        return -(-self.grid.width // self.geometry.chunk_px)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "slide": {"name": self.slide, "fingerprint": self.fingerprint},
-            "grid": asdict(self.grid),
-            "tiles": asdict(self.geometry),
-            "model": json.loads(self.spec.to_json()),
-            "weights_sha256": self.weights_sha256,
-            "precision": self.precision,
-            "tissue": self.tissue_settings,
-            "tissue_grid": asdict(self.tissue_grid),
-            "config_hash": self.config_hash,
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "StoreMeta":
-        return cls(
-            slide=values["slide"]["name"],
-            fingerprint=values["slide"]["fingerprint"],
-            grid=Grid(**values["grid"]),
-            geometry=TileGeometry(**values["tiles"]),
-            spec=ModelSpec.from_json(json.dumps(values["model"])),
-            weights_sha256=values["weights_sha256"],
-            precision=values["precision"],
-            tissue_grid=Grid(**values["tissue_grid"]),
-            tissue_settings=values["tissue"],
-            config_hash=values["config_hash"],
-        )
 
 
 class MapStore:
@@ -160,15 +61,15 @@ class MapStore:
 
     def _attach(self, unfinished: bool) -> None:
         path = self.path
-        self.is_finished = not (unfinished and not path.exists() and _partial(path).exists())
-        self._root = path if self.is_finished else _partial(path)
-        attributes = _attributes(self._root)
+        self.is_finished = not (unfinished and not path.exists() and partial_of(path).exists())
+        self._root = path if self.is_finished else partial_of(path)
+        attributes = read_attributes(self._root)
         try:
             self.meta = StoreMeta.from_json(attributes)
             self.version: str = attributes["wsipipe"]["version"]
-            self._identity = _identity(attributes)
+            self._identity = identity_of(attributes)
             self.made_ns = (self._root / "zarr.json").stat().st_mtime_ns
-            _require_sum(attributes)
+            require_sum(attributes)
             # An array's chunks are stored even where they are all zero: so a chunk that lacks its file was lost.
             with zarr.config.set({"array.write_empty_chunks": True}):
                 mode: Any = "r+" if self._lock else "r"
@@ -178,7 +79,7 @@ class MapStore:
             if _sha256(counts) != attributes["counts"]["sha256"]:
                 raise ValueError("the table of its chunks does not have its checksum")
         except Exception as error:  # each codec and every part of zarr has its own
-            raise StoreError(f"{self._root} is damaged ({one_line(error)}); make it again with --overwrite") from error
+            raise self._damaged(error) from error
         self._np, self._hv, self._nc, self._tissue = arrays[:-1]
         self.wanted = {int(index): int(counts.flat[index]) for index in np.flatnonzero(counts)}
         self._tissue_sha256: str = attributes["tissue_mask"]
@@ -228,21 +129,21 @@ class MapStore:
         StoreError
             If another process writes it, or what exists was made otherwise: names the settings and both values.
         """
-        identity = {**_plain(meta), "tissue_mask": _sha256(tissue)}
+        identity = {**meta.identity(), "tissue_mask": _sha256(tissue)}
         if path.exists() and not overwrite:
             store = cls.open(path)
             store._require({**identity, "precision": store.meta.precision} if any_precision else identity)
             return store
         lock = Lock(path)
         try:
-            partial = _partial(path)
+            partial = partial_of(path)
             if overwrite:
                 if path.exists():
-                    _attributes(path, any_version=True)  # a folder that is not ours is not ours to delete
-                    _discard(path)
-                _discard(partial)
+                    read_attributes(path, any_version=True)  # a folder that is not ours is not ours to delete
+                    discard(path)
+                discard(partial)
             if not (partial / COMMITS).exists():
-                _discard(partial)
+                discard(partial)
                 _create(partial, identity, meta, wanted, tissue)
             store = cls(path, unfinished=True, lock=lock)
             store._require(identity)
@@ -272,9 +173,7 @@ class MapStore:
             mask = np.asarray(self._tissue[...], bool)
         except Exception as error:  # each codec has its own
             if (self._root / "zarr.json").exists():
-                raise StoreError(
-                    f"{self._root} is damaged ({one_line(error)}); make it again with --overwrite"
-                ) from error
+                raise self._damaged(error) from error
         if not (self._root / "zarr.json").exists():  # renamed meanwhile, as in `read`
             return self._renamed.tissue
         if mask is None or _sha256(mask) != self._tissue_sha256:
@@ -311,9 +210,7 @@ class MapStore:
                 maps = self._read(box)
             except Exception as error:  # each codec has its own
                 if (self._root / "zarr.json").exists():
-                    raise StoreError(
-                        f"{self._root} is damaged ({one_line(error)}); make it again with --overwrite"
-                    ) from error
+                    raise self._damaged(error) from error
         if not (self._root / "zarr.json").exists():  # finished, and so renamed, meanwhile: what was read may be holes
             return self._renamed.read(box)
         if lost:
@@ -343,11 +240,11 @@ class MapStore:
             raise ValueError(f"maps of {maps.nuclei.shape} px are not those of chunk {index} of {box.shape} px")
         for array, values in ((self._np, maps.nuclei), (self._hv, maps.offsets), (self._nc, maps.types)):
             array[..., *box.slices] = values
-            _to_disk(self._chunk_file(array, index))
+            to_disk(self._chunk_file(array, index))
         if lines := [f"{box.x0} {box.y0} {box.x1} {box.y1}\n" for box in unread]:
             with (self._root / UNREAD).open("a") as file:
                 file.writelines(sorted(lines))
-            _to_disk(self._root / UNREAD)
+            to_disk(self._root / UNREAD)
         crc = self._sum(index)
         with (self._root / COMMITS).open("a") as commits:
             commits.write(f"{index} {crc:08x}\n")
@@ -416,17 +313,14 @@ class MapStore:
         return self._root / str(array.basename) / str(array.metadata.encode_chunk_key(place))
 
     def _require(self, identity: dict[str, Any]) -> None:
-        stored, asked = dict(_leaves(self._identity)), dict(_leaves(identity))
-        differing = [
-            f"{name} {_shown(stored.get(name))} there and {_shown(asked.get(name))} now"
-            for name in sorted(stored.keys() | asked.keys())
-            if stored.get(name) != asked.get(name)
-        ]
-        if differing:
+        if differing := differences(self._identity, identity):
             raise SettingsError(
                 f"{self._root} was made otherwise: {'; '.join(differing)}; "
                 "run it as it was, or start afresh with --overwrite"
             )
+
+    def _damaged(self, error: Exception) -> StoreError:
+        return StoreError(f"{self._root} is damaged ({one_line(error):.300}); make it again with --overwrite")
 
     def _mend(self) -> None:
         """Remove what a kill cut short: the end of a line, and files that did not get their name."""
@@ -469,17 +363,6 @@ def _checked(array: Any, layout: _Layout) -> Any:
     return array
 
 
-def _sum_of(attributes: dict[str, Any]) -> str:
-    """Hash of all attributes but itself."""
-    ours = {key: value for key, value in attributes.items() if key != "sum"}
-    return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _require_sum(attributes: dict[str, Any]) -> None:
-    if attributes["sum"] != _sum_of(attributes):
-        raise ValueError("its attributes do not have their checksum")
-
-
 def _create(
     partial: Path,
     identity: dict[str, Any],
@@ -497,7 +380,7 @@ def _create(
         "tissue_mask": identity["tissue_mask"],
         "counts": {"chunks": len(wanted), "tiles": sum(wanted.values()), "sha256": _sha256(counts)},
     }
-    attributes["sum"] = _sum_of(attributes)
+    attributes["sum"] = sum_of(attributes)
     partial.parent.mkdir(parents=True, exist_ok=True)
     group = zarr.create_group(partial, attributes=attributes, zarr_format=3)
     for name in ("np", "hv", "nc"):
@@ -516,47 +399,6 @@ def _create(
     (partial / COMMITS).touch()  # last: a partial without it is a torn beginning
 
 
-def _attributes(root: Path, *, any_version: bool = False) -> dict[str, Any]:
-    """Attributes of a store of ours."""
-    if not root.exists():
-        raise StoreError(f"{root} does not exist; make it with `wsipipe maps`")
-    try:
-        attributes: dict[str, Any] = json.loads((root / "zarr.json").read_bytes())["attributes"]
-        version = attributes["wsipipe"]["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{root} is not a map store of wsipipe; give another path") from error
-    if version != FORMAT_VERSION and not any_version:
-        raise StoreError(
-            f"{root} has format version {version}, this wsipipe reads {FORMAT_VERSION}; "
-            "make it again with --overwrite, or use the wsipipe that made it"
-        )
-    return attributes
-
-
-def _plain(meta: StoreMeta) -> dict[str, Any]:
-    return _identity(json.loads(json.dumps(meta.to_json())))
-
-
-def _identity(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The attributes that the maps depend on. A slide may be renamed; the hash only repeats what stands beside it."""
-    identity = {
-        key: value for key, value in attributes.items() if key not in ("wsipipe", "counts", "config_hash", "sum")
-    }
-    return {**identity, "slide": {"fingerprint": attributes["slide"]["fingerprint"]}}
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
-
-
-def _shown(value: Any) -> str:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # a sha256 is told by its start
-
-
 def _sha256(array: npt.NDArray[Any]) -> str:
     packed = np.packbits(array) if array.dtype == bool else np.ascontiguousarray(array)
     return hashlib.sha256(repr(array.shape).encode() + packed.tobytes()).hexdigest()
@@ -572,21 +414,3 @@ def _read_commits(path: Path) -> dict[int, int]:
             raise StoreError(f"{path} is damaged; make the maps again with --overwrite")
         sums[int(found[1])] = int(found[2], 16)
     return sums
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-def _discard(path: Path) -> None:
-    """Delete a folder; its name is free at once, so that a kill leaves no half of it under that name."""
-    discarded = path.with_name(path.name + ".discarded")
-    shutil.rmtree(discarded, ignore_errors=True)
-    if path.exists():
-        path.replace(discarded)
-        shutil.rmtree(discarded)
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from wsipipe.atomic import finished
 from wsipipe.cohort import SlideRow
 from wsipipe.folder import ResultFolder, record_of, unread_in
 from wsipipe.lock import is_held
 from wsipipe.pages import render
-from wsipipe.store import finished
 
 State = Literal["done", "failed", "running", "not run"]
 STAGES = ("tissue", "maps", "nuclei", "export", "report")

@@ -19,12 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 
+from wsipipe.atomic import finished, partial_of
 from wsipipe.errors import SettingsError, StoreError, one_line
 from wsipipe.features import NUCLEI_SCHEMA
 from wsipipe.geometry import Box, Grid
 from wsipipe.neighbours import Neighbourhood
 from wsipipe.rings import Rings
-from wsipipe.store import finished
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class NucleiSpool:
     def __init__(self, path: Path, meta: NucleiMeta, layout: dict[str, Any], *, overwrite: bool = False) -> None:
         self.path = path
         self.meta = meta
-        self.folder = path.with_name(path.name + ".partial")
+        self.folder = partial_of(path)
         self._sound: set[str] = set()
         if overwrite and self.folder.exists():
             shutil.rmtree(self.folder)
@@ -159,7 +159,7 @@ class NucleiSpool:
     @staticmethod
     def discard(path: Path) -> None:
         """Remove what a kill left of the spool of a finished table."""
-        shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
+        shutil.rmtree(partial_of(path), ignore_errors=True)
 
     def done(self) -> set[int]:
         """Blocks that are there, empty ones included; one that is not as it was written goes, to be made again."""

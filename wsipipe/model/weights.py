@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import pickle
 import re
 import warnings
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from wsipipe.atomic import finished
 from wsipipe.errors import ModelError
 from wsipipe.model.encoder import Encoder
 from wsipipe.model.registry import SPECS, build
@@ -295,11 +295,10 @@ def check_weights(path: Path, network: nn.Module, weights: dict[str, Tensor]) ->
 
 def save_checkpoint(path: Path, network: nn.Module, spec: ModelSpec, notes: dict[str, object] | None = None) -> None:
     """Write weights and spec as one file; it takes its name only when complete. `notes` go into the header as JSON."""
-    partial = path.with_name(path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    save_file(tensors, partial, {SPEC_KEY: spec.to_json(), "wsipipe_notes": json.dumps(notes or {}, sort_keys=True)})
-    os.replace(partial, path)  # noqa: PTH105 - Path.replace would return a value nobody needs
+    about = {SPEC_KEY: spec.to_json(), "wsipipe_notes": json.dumps(notes or {}, sort_keys=True)}
+    with finished(path) as partial:
+        save_file(tensors, partial, about)
 
 
 def sha256(path: Path) -> str:

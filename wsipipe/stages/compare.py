@@ -17,12 +17,12 @@ import shapely
 import tifffile
 from PIL import Image
 
+from wsipipe.atomic import finished
 from wsipipe.comparison import OutlinedNuclei, Scores, compare, to_table
 from wsipipe.errors import ConfigError, DataError, StoreError, WsipipeError, one_line
 from wsipipe.folder import write_record
 from wsipipe.outlines import trace_outlines
 from wsipipe.rings import closed_rings
-from wsipipe.store import finished
 from wsipipe.table import read_nuclei
 
 log = logging.getLogger(__name__)

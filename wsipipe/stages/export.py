@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from wsipipe.atomic import finished
 from wsipipe.folder import write_record
 from wsipipe.geojson import Form, GeojsonSummary, write_geojson
 from wsipipe.overlay import draw_overlay
 from wsipipe.slide import Slide
-from wsipipe.store import finished
 from wsipipe.table import read_nuclei
 from wsipipe.tissue import TissueMask
 

@@ -42,7 +42,8 @@ from wsipipe.model.answers import maps_of
 from wsipipe.model.inference import prepare_for_inference
 from wsipipe.model.spec import ModelSpec, tile_geometry
 from wsipipe.progress import Progress
-from wsipipe.store import MapStore, StoreMeta
+from wsipipe.provenance import StoreMeta
+from wsipipe.store import MapStore
 from wsipipe.tiles import Tile, chunk_grid
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 import wsipipe
+from wsipipe.atomic import finished
 from wsipipe.errors import StoreError
 from wsipipe.focus import MPP, measure_focus
 from wsipipe.folder import ResultFolder, record_of, unread_in, write_record
 from wsipipe.report import Facts, draw_report
 from wsipipe.slide import Slide
-from wsipipe.store import finished
 from wsipipe.table import read_nuclei
 from wsipipe.tissue import TissueMask
 

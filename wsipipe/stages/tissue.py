@@ -14,13 +14,13 @@ import numpy.typing as npt
 import shapely
 from PIL import Image, PngImagePlugin
 
+from wsipipe.atomic import finished
 from wsipipe.config import TissueConfig
 from wsipipe.errors import SlideError, StoreError, one_line
 from wsipipe.folder import write_record
 from wsipipe.geometry import Box, Grid
 from wsipipe.roi import read_roi
 from wsipipe.slide import Slide
-from wsipipe.store import finished
 from wsipipe.tissue import TissueMask, tissue_mask
 
 log = logging.getLogger(__name__)

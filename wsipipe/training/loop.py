@@ -14,7 +14,6 @@ import csv
 import json
 import logging
 import math
-import os
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 
 from wsipipe import __version__
+from wsipipe.atomic import finished
 from wsipipe.device import choose_device, choose_precision
 from wsipipe.errors import ConfigError, StoreError
 from wsipipe.model.encoder import GRID_PX, Encoder
@@ -483,9 +483,8 @@ def _is_best(score: float, progress: dict[str, float], config: TrainConfig) -> b
 
 def _save(path: Path, progress: dict[str, float], parts: dict[str, Any]) -> None:
     state = {name: part.state_dict() for name, part in parts.items()}
-    partial = path.with_name(path.name + ".partial")
-    torch.save({**progress, **state}, partial)
-    os.replace(partial, path)  # noqa: PTH105 - Path.replace would return a value nobody needs
+    with finished(path) as partial:
+        torch.save({**progress, **state}, partial)
 
 
 def _resume(run: Path, parts: dict[str, Any]) -> dict[str, float]:

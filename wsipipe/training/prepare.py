@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from wsipipe.atomic import partial_of
 from wsipipe.errors import DataError
 from wsipipe.training.data import FORMAT, UNKNOWN_TYPE, Patch, PatchSet
 from wsipipe.training.negatives import write_negatives
@@ -81,7 +82,7 @@ def prepare_masks(src: Path, dst: Path, about: SourceFolder) -> PatchSet:
     if dst.exists():
         return _already_there(dst, description, index)
 
-    partial = dst.with_name(dst.name + ".partial")
+    partial = partial_of(dst)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     height, width = _read_image(next(iter(stems.values()))).shape[:2]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from wsipipe.store import finished
+from wsipipe.atomic import finished
 from wsipipe.training.assess import Assessment, truth_of
 from wsipipe.training.check import outlined
 from wsipipe.training.data import PatchSet

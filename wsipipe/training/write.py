@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wsipipe.atomic import partial_of
 from wsipipe.errors import DataError
 from wsipipe.metrics import majority_types, remap_label
 from wsipipe.training.data import FORMAT, UNKNOWN_TYPE, Patch, PatchSet
@@ -85,7 +86,7 @@ def write_patch_set(
     description = about.as_json()
     if dst.exists():
         return _already_there(dst, description, index)
-    partial = dst.with_name(dst.name + ".partial")
+    partial = partial_of(dst)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -1,0 +1,158 @@
+"""What maps were made of, as a map store says it of itself in its attributes."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wsipipe.device import Precision
+from wsipipe.errors import StoreError
+from wsipipe.geometry import Box, Grid
+from wsipipe.model.spec import ModelSpec
+from wsipipe.tiles import TileGeometry
+
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StoreMeta:
+    """What maps were made of, and with what.
+
+    Attributes
+    ----------
+    slide, fingerprint : str
+        Name of the slide, for people; hash of its file, for comparing.
+    grid : Grid
+        The working pixels.
+    tissue_grid : Grid
+        The pixels of the tissue mask.
+    tissue_settings : dict
+        What the tissue was found with; JSON values.
+    precision : "fp32", "bf16" or "fp16"
+        Of the network's arithmetic.
+    """
+
+    slide: str
+    fingerprint: str
+    grid: Grid
+    geometry: TileGeometry
+    spec: ModelSpec
+    weights_sha256: str
+    precision: Precision
+    tissue_grid: Grid
+    tissue_settings: dict[str, Any]
+    config_hash: str
+
+    def chunk_box(self, index: int) -> Box:
+        """Pixels of a chunk on the working grid; chunks count row by row."""
+        side = self.geometry.chunk_px
+        row, column = divmod(index, self.columns)
+        x, y = column * side, row * side
+        return Box(x, y, x + side, y + side).clipped(self.grid.box)
+
+    def chunk_indices(self, box: Box) -> list[int]:
+        """Chunks that a box of the working grid meets, in order."""
+        side, box = self.geometry.chunk_px, box.clipped(self.grid.box)
+        if box.is_empty:
+            return []
+        rows = range(box.y0 // side, (box.y1 - 1) // side + 1)
+        columns = range(box.x0 // side, (box.x1 - 1) // side + 1)
+        return [row * self.columns + column for row in rows for column in columns]
+
+    @property
+    def columns(self) -> int:
+        """Chunks a row."""
+        return -(-self.grid.width // self.geometry.chunk_px)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "slide": {"name": self.slide, "fingerprint": self.fingerprint},
+            "grid": asdict(self.grid),
+            "tiles": asdict(self.geometry),
+            "model": json.loads(self.spec.to_json()),
+            "weights_sha256": self.weights_sha256,
+            "precision": self.precision,
+            "tissue": self.tissue_settings,
+            "tissue_grid": asdict(self.tissue_grid),
+            "config_hash": self.config_hash,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """`identity_of` the attributes to be."""
+        return identity_of(json.loads(json.dumps(self.to_json())))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "StoreMeta":
+        return cls(
+            slide=values["slide"]["name"],
+            fingerprint=values["slide"]["fingerprint"],
+            grid=Grid(**values["grid"]),
+            geometry=TileGeometry(**values["tiles"]),
+            spec=ModelSpec.from_json(json.dumps(values["model"])),
+            weights_sha256=values["weights_sha256"],
+            precision=values["precision"],
+            tissue_grid=Grid(**values["tissue_grid"]),
+            tissue_settings=values["tissue"],
+            config_hash=values["config_hash"],
+        )
+
+
+def sum_of(attributes: dict[str, Any]) -> str:
+    """Hash of all attributes but itself."""
+    ours = {key: value for key, value in attributes.items() if key != "sum"}
+    return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require_sum(attributes: dict[str, Any]) -> None:
+    """Raise ValueError if attributes are not as they were written."""
+    if attributes["sum"] != sum_of(attributes):
+        raise ValueError("its attributes do not have their checksum")
+
+
+def read_attributes(root: Path, *, any_version: bool = False) -> dict[str, Any]:
+    """Attributes of a store of ours."""
+    if not root.exists():
+        raise StoreError(f"{root} does not exist; make it with `wsipipe maps`")
+    try:
+        attributes: dict[str, Any] = json.loads((root / "zarr.json").read_bytes())["attributes"]
+        version = attributes["wsipipe"]["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{root} is not a map store of wsipipe; give another path") from error
+    if version != FORMAT_VERSION and not any_version:
+        raise StoreError(
+            f"{root} has format version {version}, this wsipipe reads {FORMAT_VERSION}; "
+            "make it again with --overwrite, or use the wsipipe that made it"
+        )
+    return attributes
+
+
+def identity_of(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that the maps depend on. A slide may be renamed; the hash only repeats what stands beside it."""
+    identity = {
+        key: value for key, value in attributes.items() if key not in ("wsipipe", "counts", "config_hash", "sum")
+    }
+    return {**identity, "slide": {"fingerprint": attributes["slide"]["fingerprint"]}}
+
+
+def differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """In which settings two identities differ, each with both values."""
+    there, now = dict(_leaves(stored)), dict(_leaves(asked))
+    return [
+        f"{name} {_shown(there.get(name))} there and {_shown(now.get(name))} now"
+        for name in sorted(there.keys() | now.keys())
+        if there.get(name) != now.get(name)
+    ]
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _shown(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # a sha256 is told by its start
