@@ -1,14 +1,17 @@
 """What a map store says of itself."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_store import META
 
+from wsipipe.errors import StoreError
 from wsipipe.geometry import Box
-from wsipipe.provenance import StoreMeta, differences
+from wsipipe.provenance import StoreMeta, differences, read_attributes
 from wsipipe.tiles import TileGeometry
 
 
@@ -36,3 +39,19 @@ def test_a_renamed_slide_makes_no_difference_and_another_slide_does() -> None:
     assert not differences(META.identity(), replace(META, slide="renamed", config_hash="other").identity())
     (told,) = differences(META.identity(), replace(META, fingerprint="12" * 32).identity())
     assert told == "slide.fingerprint abababababab there and 121212121212 now"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"attributes": ' + "[" * 100_000, "is not a map store of wsipipe"),
+        ('{"attributes": {"wsipipe": {"format": "' + "9\\n" * 5000 + '"}}}', "has format version"),
+    ],
+    ids=["nested", "long"],
+)
+def test_attributes_that_are_not_ours_are_refused_in_a_short_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "zarr.json").write_text(text)
+    with pytest.raises(StoreError, match=said) as refusal:
+        read_attributes(tmp_path)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert len(str(refusal.value)) < 600

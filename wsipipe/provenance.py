@@ -118,11 +118,11 @@ def read_attributes(root: Path, *, any_version: bool = False) -> dict[str, Any]:
     try:
         attributes: dict[str, Any] = json.loads((root / "zarr.json").read_bytes())["attributes"]
         version = attributes["wsipipe"]["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(f"{root} is not a map store of wsipipe; give another path") from error
     if version != FORMAT_VERSION and not any_version:
         raise StoreError(
-            f"{root} has format version {version}, this wsipipe reads {FORMAT_VERSION}; "
+            f"{root} has format version {version!r:.40}, this wsipipe reads {FORMAT_VERSION}; "
             "make it again with --overwrite, or use the wsipipe that made it"
         )
     return attributes
