@@ -1,7 +1,9 @@
 """Run the network over the tissue of a slide and store its NP, HV and NC maps.
 
-Three parties, each waiting only for the one before it: reader threads fill batches ahead of need, the calling
-thread owns the network, one writer thread puts tiles together to chunks and commits them. Batches are cut from the
+Three parties, each waiting only for the one before it: reader threads fill batches ahead of need, the network takes
+them, one writer thread puts tiles together to chunks and commits them. On a CPU the network takes a batch on each core
+rather than all cores for one: a layer shared by cores waits for the slowest of them, which readers, writer and
+watershed keep interrupting. Answers are taken in the order of the batches. Batches are cut from the
 list of all wanted tiles, finished or not: a run that goes on after a kill sees the batches that an undisturbed run
 sees. The size of a batch (not the place in it) shows in the last bits of an answer, 1e-7 on a CPU for one tile against
 several: so this is what makes both runs equal.
@@ -14,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_NETWORKS = 4  # batches at once on a CPU, each of which holds its activations; more cores share a batch
 MOST_READERS = 8  # decode some 8 x 50 MP/s, several times what the fastest network takes
 WRITES_AHEAD = 2  # batches: a chunk being compressed must not stop the network
 FREE_BYTES_PER_PX = 0.5  # crowded tissue takes 3.4, quiet tissue a part of it: with less a run cannot end well
@@ -176,13 +179,13 @@ def make_maps(
         spent = _Spent()
         if not store.is_finished:
             _check_space(out, todo * geometry.core_px**2)
-            if chosen.type == "cpu":  # torch counts the machine's cores, not those of this job
-                torch.set_num_threads(min(torch.get_num_threads(), cpus))
             run = _Run(
                 slide, store, _Network(network, meta, chosen, batch_size, compiled=compiled), before, spent, on_chunk
             )
+            # torch counts the machine's cores, not those of this job
+            threads = min(torch.get_num_threads(), cpus) if chosen.type == "cpu" else 1
             with Progress(todo, "tiles", f"maps of {slide.name}", shown=progress) as bar:
-                run.all(plan.batches(batch_size, before), readers, bar)
+                run.all(plan.batches(batch_size, before), readers, threads, bar)
             store.finish()
         seconds = time.monotonic() - started
         summary = MapsSummary(
@@ -331,15 +334,20 @@ class _Run:
         self._open: tuple[int, Maps] | None = None  # the chunk under way; the writer's thread alone touches it
         self._placed = 0
 
-    def all(self, batches: Iterable[list[_Item]], readers: int, progress: Progress) -> None:
+    def all(self, batches: Iterable[list[_Item]], readers: int, threads: int, progress: Progress) -> None:
+        at_once, threads_elsewhere = min(threads, MOST_NETWORKS), torch.get_num_threads()
         reading = ThreadPoolExecutor(readers, "reader")
+        computing = ThreadPoolExecutor(at_once, "network", torch.set_num_threads, (threads // at_once,))
         writing = ThreadPoolExecutor(1, "writer")
         writes: deque[Future[None]] = deque([writing.submit(self._announce, sorted(self._before))])
-        answers: deque[tuple[list[_Item], _Answer]] = deque()
-        # While CUDA works on a batch, the one before is handed over; elsewhere an answer is there at once.
-        behind = 1 if self._network.device.type == "cuda" else 0
+        answers: deque[tuple[list[_Item], Future[_Answer]]] = deque()
 
-        def hand_over(items: list[_Item], answer: _Answer) -> None:
+        def compute(items: list[_Item], buffer: torch.Tensor) -> _Answer:
+            with _told("running the network", items, self._grid):
+                return self._network(buffer)
+
+        def take() -> None:
+            items, answer = answers[0][0], answers[0][1].result()
             with _told("running the network", items, self._grid):
                 *maps, finite = answer.arrays()
             if not finite.all():
@@ -348,6 +356,7 @@ class _Run:
                     f"with {self._store.meta.precision}; try --precision fp32"
                 )
             writes.append(writing.submit(self._add, items, maps))
+            answers.popleft()
             with _timed(self._spent, "writer"):
                 while writes and (writes[0].done() or len(writes) > WRITES_AHEAD):
                     writes.popleft().result()
@@ -358,17 +367,22 @@ class _Run:
                 with _timed(self._spent, "readers"):
                     for read in reads:
                         read.result()
-                with _told("running the network", items, self._grid):
-                    answers.append((items, self._network(buffer)))
-                while len(answers) > behind:
-                    hand_over(*answers.popleft())
-            for items, answer in answers:
-                hand_over(items, answer)
+                answers.append((items, computing.submit(compute, items, buffer)))
+                # One waits, so that no core does; CUDA works on a batch while the one before is handed over.
+                while len(answers) > at_once:
+                    take()
+            while answers:
+                take()
             with _timed(self._spent, "writer"):
                 while writes:
                     writes.popleft().result()
         finally:  # also if interrupted: what is being read is dropped, what has been computed is written
             reading.shutdown(cancel_futures=True)
+            computing.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads_elsewhere)  # what new threads start with
+            with suppress(Exception):  # one that is on its way already says more
+                while answers and not answers[0][1].cancelled() and answers[0][1].exception() is None:
+                    take()
             writing.shutdown()
 
     def _ahead(
