@@ -18,16 +18,20 @@ from safetensors.torch import save_file
 from torch.utils.data import default_collate
 
 from wsipipe.errors import ConfigError, ModelError, StoreError
-from wsipipe.model.registry import CONSEP_CLASSES, SPECS
+from wsipipe.model.registry import CONSEP_CLASSES, SPECS, build
 from wsipipe.model.weights import load_model, read_spec
 from wsipipe.training import loop
+from wsipipe.training.batches import Share, training_batches, training_crops
 from wsipipe.training.crops import MAP_TARGETS, FixedCrops
 from wsipipe.training.data import PatchSet
 from wsipipe.training.evaluate import evaluate
-from wsipipe.training.loop import TrainConfig, load_experiment, rate, spec_of, train
+from wsipipe.training.loop import TrainConfig, load_experiment, train
 from wsipipe.training.miniature import make_pannuke
+from wsipipe.training.network import freeze, normalised, spec_of
 from wsipipe.training.objectives import objective_of
+from wsipipe.training.schedule import Schedule, rate, schedule_of
 from wsipipe.training.sources.pannuke import prepare_pannuke
+from wsipipe.training.team import start_team
 
 PLAIN = {"geometry": {"near_mpp": (0.25, 0.25), "far_mpp": (0.25, 0.25)}}
 
@@ -74,9 +78,9 @@ def test_one_batch_can_be_learnt_by_heart(tmp_path):
     batch = default_collate([FixedCrops(patches, crop_px=96)[0]])
     spec = SPECS["cellvta-nano"]
     torch.manual_seed(0)
-    network, objective = loop.build(spec), objective_of(spec, config(tmp_path / "discs"))
+    network, objective = build(spec), objective_of(spec, config(tmp_path / "discs"))
     optimizer = torch.optim.AdamW(network.parameters(), 5e-3)
-    image = loop.normalised(batch["image"], spec, torch.device("cpu"))
+    image = normalised(batch["image"], spec, torch.device("cpu"))
     curve = []
     for _ in range(40):
         optimizer.zero_grad()
@@ -95,7 +99,7 @@ def test_the_same_seed_gives_the_same_curve_and_another_seed_another(discs, tmp_
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(discs, tmp_path, monkeypatch):
     train(config(discs), tmp_path / "whole")
-    batches = loop._batches
+    batches = loop.training_batches
 
     def cut_short(*arguments):
         for number, batch in enumerate(batches(*arguments)):
@@ -103,7 +107,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(discs, tmp_path, monkey
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(loop, "_batches", cut_short)
+    monkeypatch.setattr(loop, "training_batches", cut_short)
     with pytest.raises(KeyboardInterrupt):
         train(config(discs), tmp_path / "cut")
     monkeypatch.undo()
@@ -123,7 +127,7 @@ def test_a_folder_with_another_run_is_refused_but_a_run_may_be_longer(discs, tmp
 @pytest.mark.parametrize(("trains", "frozen"), [("adapter", "encoder.vit."), ("decoder", "encoder.")])
 def test_what_is_frozen_stays_as_it_was(trains, frozen, discs, tmp_path):
     torch.manual_seed(19)
-    before = loop.build(SPECS["cellvta-nano"]).state_dict()
+    before = build(SPECS["cellvta-nano"]).state_dict()
     train(config(discs, trains=trains, ema_decay=0.0, steps=3), tmp_path)
     after = weights(tmp_path)
     changed = {key for key in before if "running" not in key and "num_batches" not in key}
@@ -134,7 +138,7 @@ def test_what_is_frozen_stays_as_it_was(trains, frozen, discs, tmp_path):
 
 def test_the_rate_rises_then_holds_then_falls_to_nothing(discs):
     settings = config(discs, steps=100, warmup_steps=10, decay_share=0.3)
-    rates = [rate(step, settings, 100, 10) for step in range(100)]
+    rates = [rate(step, settings, Schedule(100, 10, 100, 100)) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:70] == [1.0] * 61
     assert all(a > b for a, b in pairwise(rates[70:]))
@@ -160,6 +164,13 @@ def test_crops_that_the_network_does_not_take_are_refused_before_anything_is_mad
         train(config(discs, crop_px=48), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert spec_of(config(discs, crop_px=48, settings={"cell_px": 1}), None).tile_step == (16, 0)
+
+
+def test_data_that_cannot_validate_are_refused_before_anything_is_made(tmp_path):
+    folder = write_set(tmp_path / "discs", count=2)
+    with pytest.raises(ConfigError, match="none of the data has images in the split 'validation'"):
+        train(config(folder), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_experiment_file_is_read_and_its_faults_come_all_at_once(discs, tmp_path):
@@ -196,7 +207,7 @@ def test_variants_are_settings_that_an_experiment_may_change(discs):
 
 def test_the_published_schedule_falls_once_an_epoch(discs):
     settings = TrainConfig(data={discs: 1.0}, variant="published", epochs=3)
-    rates = [rate(step, settings, 31, 10.5) for step in range(31)]
+    rates = [rate(step, settings, Schedule(31, 10.5, 10, 10)) for step in range(31)]
     assert rates[:11] == [1.0] * 11  # steps that begin within the first epoch
     assert rates[11] == pytest.approx(0.95)
     assert rates[21] == pytest.approx(0.95**2)
@@ -204,10 +215,11 @@ def test_the_published_schedule_falls_once_an_epoch(discs):
 
 def test_a_run_may_validate_every_few_epochs_and_is_saved_every_one(discs):
     rare = TrainConfig(data={discs: 1.0}, variant="published", epochs=30, validate_epochs=5)
-    assert loop._intervals(rare, 10.5) == (52, 10)
-    assert loop._intervals(TrainConfig(data={discs: 1.0}, epochs=30), 10.5) == (10, 10)
-    assert loop._intervals(TrainConfig(data={discs: 1.0}, steps=1000), 10.5) == (200, 200)
-    assert loop._intervals(TrainConfig(data={discs: 1.0}, epochs=3, validate_every=4, save_every=9), 10.5) == (4, 9)
+    assert schedule_of(rare, 84) == Schedule(315, 10.5, 52, 10)
+    assert schedule_of(TrainConfig(data={discs: 1.0}, epochs=30), 84) == Schedule(315, 10.5, 10, 10)
+    assert schedule_of(TrainConfig(data={discs: 1.0}, steps=1000), 84) == Schedule(1000, 10.5, 200, 200)
+    both = TrainConfig(data={discs: 1.0}, epochs=3, validate_every=4, save_every=9)
+    assert schedule_of(both, 84) == Schedule(32, 10.5, 4, 9)
 
 
 def test_steps_or_epochs_but_not_both(discs):
@@ -219,18 +231,18 @@ def test_steps_or_epochs_but_not_both(discs):
 
 def test_as_many_parameters_learn_as_in_the_published_run():
     with torch.device("meta"):
-        network = loop.build(SPECS["cellvta-uni"])
-    loop._freeze(network, "adapter")
+        network = build(SPECS["cellvta-uni"])
+    freeze(network, "adapter")
     assert sum(p.numel() for p in network.parameters()) == 387_769_437
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 84_420_701
 
 
 def test_accumulated_batches_are_as_good_as_large_ones(discs, tmp_path):
     """Exactly so for a loss that is a mean over crops and a network without batch statistics; here, for the crops."""
-    crops = loop._crops(config(discs), SPECS["cellvta-nano"], {discs: PatchSet.open(discs)}, (), MAP_TARGETS)
-    team = loop._team(config(discs))
-    large = list(loop._batches(config(discs, batch_size=4), crops, 1, 3, team))
-    small = list(loop._batches(config(discs, batch_size=2, accumulate=2), crops, 1, 3, team))
+    crops = training_crops(config(discs), SPECS["cellvta-nano"], {discs: PatchSet.open(discs)}, (), MAP_TARGETS)
+    team = start_team("cpu")
+    large = list(training_batches(config(discs, batch_size=4), crops, 1, 3, team))
+    small = list(training_batches(config(discs, batch_size=2, accumulate=2), crops, 1, 3, team))
     assert len(large) == 2
     assert len(small) == 4
     assert torch.equal(large[0]["image"], torch.cat([small[0]["image"], small[1]["image"]]))
@@ -238,14 +250,14 @@ def test_accumulated_batches_are_as_good_as_large_ones(discs, tmp_path):
 
 
 def test_processes_share_a_batch_without_overlap():
-    shares = [list(loop._Share(1, 3, 8, process, 4)) for process in range(4)]
+    shares = [list(Share(1, 3, 8, process, 4)) for process in range(4)]
     assert shares[0] == [8, 9, 16, 17]
     assert sorted(number for share in shares for number in share) == list(range(8, 24))
 
 
 def test_a_run_ends_early_and_keeps_the_best(discs, tmp_path, monkeypatch):
     scores = iter([3.0, 2.0, 2.5, 2.6, 1.0])
-    monkeypatch.setattr(loop, "_validate", lambda *_: {"loss": next(scores)})
+    monkeypatch.setattr(loop.Learner, "validate", lambda *_: {"loss": next(scores)})
     best = train(config(discs, steps=10, validate_every=1, patience=2), tmp_path)
     with safe_open(best, "pt") as file:
         notes = json.loads(file.metadata()["wsipipe_notes"])
@@ -306,7 +318,7 @@ def test_tissues_are_learnt_where_there_is_a_head_for_them(tmp_path):
 
 def test_every_image_comes_once_an_epoch_where_they_are_shuffled(discs):
     sets = {discs: PatchSet.open(discs)}
-    crops = loop._crops(config(discs, sampling="shuffled"), SPECS["cellvta-nano"], sets, (), MAP_TARGETS)
+    crops = training_crops(config(discs, sampling="shuffled"), SPECS["cellvta-nano"], sets, (), MAP_TARGETS)
     numbers = [crops._shuffled_image(i)[1] for i in range(20)]
     assert all(sorted(numbers[i : i + 2]) == [0, 1] for i in range(0, 20, 2))
     assert len({tuple(numbers[i : i + 2]) for i in range(0, 20, 2)}) == 2

@@ -23,7 +23,8 @@ from wsipipe.training.crop_targets import DistanceTargets, HoverTargets, PointTa
 from wsipipe.training.crops import FixedCrops
 from wsipipe.training.data import PatchSet
 from wsipipe.training.found import nuclei_of
-from wsipipe.training.loop import normalised, train
+from wsipipe.training.loop import train
+from wsipipe.training.network import normalised
 from wsipipe.training.objectives import objective_of
 from wsipipe.training.validation import middle
 

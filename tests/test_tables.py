@@ -9,7 +9,7 @@ import yaml
 from wsipipe.errors import ConfigError, StoreError
 from wsipipe.model.registry import SPECS
 from wsipipe.training.config import load_experiment
-from wsipipe.training.loop import spec_of
+from wsipipe.training.network import spec_of
 from wsipipe.training.tables import COLUMNS, read_published, read_rows, write_tables
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,60 @@
+"""The processes that share a run, one a device; a run that nobody started several times is a team of one.
+
+Accelerate and not Lightning, because it wraps a network and leaves the loop to us; what it does here is to start
+processes, to add up their gradients and to let one of them write.
+"""
+
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch import nn
+
+from wsipipe.device import choose_device
+from wsipipe.errors import ConfigError
+
+T = TypeVar("T")
+VALIDATION = timedelta(hours=4)  # how long a process may wait while the first one validates
+
+
+def start_team(device: str) -> Any:
+    """The processes of this run, as accelerate's `Accelerator`.
+
+    Raises
+    ------
+    ConfigError
+        If accelerate is not installed.
+    """
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    except ImportError as error:
+        raise ConfigError(
+            "training needs accelerate; install it with: pip install 'wsipipe-cellvta[training]'"
+        ) from error
+    handlers = [
+        DistributedDataParallelKwargs(find_unused_parameters=True),  # what is frozen or has no loss gets no gradient
+        InitProcessGroupKwargs(timeout=VALIDATION),
+    ]
+    return Accelerator(cpu=choose_device(device).type == "cpu", kwargs_handlers=handlers)
+
+
+def shared_network(network: nn.Module, team: Any) -> nn.Module:
+    """The network as a step calls it: gradients are added up over the team.
+
+    On CUDA with batch statistics over all devices too, so that a batch means the same on one and on many.
+    """
+    if team.num_processes == 1:
+        return network
+    if team.device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    prepared: nn.Module = team.prepare(network)
+    return prepared
+
+
+def told_to_all(value: T, team: Any) -> T:
+    """What the first process knows, for all."""
+    if team.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    told: T = broadcast_object_list([value])[0]
+    return told
