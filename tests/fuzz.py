@@ -33,6 +33,7 @@ from typing import Any
 
 import fuzz_readers
 import fuzz_slides
+import fuzz_store
 import fuzz_weights
 from fuzz_harm import Seeds
 
@@ -70,7 +71,7 @@ TARGETS = {
     "sheet": Target(0.10, _no_seeds, fuzz_readers.sheet_case),
     "outlines": Target(0.06, fuzz_readers.outline_seeds, fuzz_readers.outline_case),
     "patches": Target(0.05, fuzz_readers.patch_seeds, fuzz_readers.patch_case),
-    "store": Target(0.03, fuzz_readers.store_seeds, fuzz_readers.store_case),
+    "store": Target(0.03, fuzz_store.store_seeds, fuzz_store.store_case),
     "table": Target(0.03, fuzz_readers.table_seeds, fuzz_readers.table_case),
     "checkpoint": Target(0.03, fuzz_weights.checkpoint_seeds, fuzz_weights.checkpoint_case),
     "upstream": Target(0.01, fuzz_weights.upstream_seeds, fuzz_weights.upstream_case),

@@ -126,56 +126,6 @@ def patch_case(seeds: Seeds, rng: random.Random, folder: Path) -> object:
     return len(patches), patches.images.sum(), patches.instances.sum()
 
 
-def store_seeds() -> Seeds:
-    from test_store import META, complete
-
-    with tempfile.TemporaryDirectory() as folder:
-        root = complete(Path(folder) / "maps.zarr").path
-        other = complete(Path(folder) / "other.zarr").path
-        seeds = {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
-        assert seeds == {str(f.relative_to(other)): f.read_bytes() for f in other.rglob("*") if f.is_file()}
-        assert META.chunk_box(0)
-    return seeds
-
-
-def _maps_digest(store: Any) -> int:
-    maps = store.read(store.meta.grid.box)
-    parts = (maps.nuclei, maps.offsets, maps.types, store.tissue)
-    return zlib.crc32(b"".join(part.tobytes() for part in parts) + repr(store.meta).encode())
-
-
-def store_case(seeds: Seeds, rng: random.Random, folder: Path) -> object:
-    from wsipipe.store import MapStore
-
-    files = dict(seeds)
-    for _ in range(rng.choice((1, 1, 2))):
-        name, other = rng.choice(sorted(files)), rng.choice(sorted(files))
-        what = rng.randrange(8)
-        if what == 0 and len(files) > 1:
-            del files[name]
-        elif what == 1:
-            files[name], files[other] = files[other], files[name]
-        elif what == 2 and name.endswith(".json"):
-            with contextlib.suppress(ValueError):
-                files[name] = text_or_bytes(json.loads(files[name]), rng)
-        else:
-            files[name] = harmed(files[name], rng, (files[other],))
-    root = folder / "maps.zarr"
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    digest = _maps_digest(MapStore.open(root))
-    if not hasattr(store_case, "expected"):
-        whole = folder / "whole.zarr"
-        for name, content in seeds.items():
-            (whole / name).parent.mkdir(parents=True, exist_ok=True)
-            (whole / name).write_bytes(content)
-        store_case.expected = _maps_digest(MapStore.open(whole))  # type: ignore[attr-defined]
-    if digest != store_case.expected:  # type: ignore[attr-defined]
-        raise WrongError("maps differ from what was stored")
-    return digest
-
-
 def table_seeds() -> Seeds:
     from made_nuclei import made_meta, made_nuclei
 

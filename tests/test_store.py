@@ -257,6 +257,25 @@ def test_an_array_of_another_size_is_told_before_it_fills_the_memory(tmp_path: P
         MapStore.open(path)
 
 
+@pytest.mark.parametrize("name", ["np", "hv", "nc"])
+@pytest.mark.parametrize("change", ["fill value", "turned"])
+def test_an_array_that_would_be_read_otherwise_than_it_was_written_is_told(
+    tmp_path: Path, name: str, change: str
+) -> None:
+    path = tmp_path / "maps.zarr"
+    complete(path)
+    place = path / name / "zarr.json"
+    about = json.loads(place.read_text())
+    if change == "fill value":
+        about["fill_value"] = 7
+    else:
+        order = [*range(len(about["shape"]) - 2), len(about["shape"]) - 1, len(about["shape"]) - 2]
+        about["codecs"].insert(0, {"name": "transpose", "configuration": {"order": order}})
+    place.write_text(json.dumps(about))
+    with pytest.raises(StoreError, match=f"damaged.*its array {name} is"):
+        MapStore.open(path)
+
+
 @pytest.mark.parametrize(
     "change", [{"grid": {"mpp_x0": 0.5}}, {"slide": {"fingerprint": "ee"}}, {"counts": {"tiles": 1}}, {"new": {"a": 1}}]
 )

@@ -333,11 +333,13 @@ class MapStore:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What an array of the store must be."""
+    """What an array of the store must be; beside the chunks' files this is all that its values depend on."""
 
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: str
+    fill_value: int = 0
+    codecs: tuple[str, ...] = ("BytesCodec", "ZstdCodec")
 
 
 def _layouts(meta: StoreMeta) -> dict[str, _Layout]:
@@ -357,7 +359,9 @@ def _layouts(meta: StoreMeta) -> dict[str, _Layout]:
 
 
 def _checked(array: Any, layout: _Layout) -> Any:
-    found = _Layout(tuple(array.shape), tuple(array.chunks), str(array.dtype))
+    about = array.metadata
+    codecs = tuple(type(codec).__name__ for codec in about.codecs)
+    found = _Layout(tuple(array.shape), tuple(array.chunks), str(array.dtype), int(about.fill_value), codecs)
     if found != layout:
         raise ValueError(f"its array {array.basename} is {found}, not {layout}")
     return array
@@ -390,12 +394,19 @@ def _create(
             shape=layout.shape,
             chunks=layout.chunks,
             dtype=layout.dtype,
-            fill_value=0,
+            fill_value=layout.fill_value,
             compressors=[ZstdCodec(level=COMPRESSION_LEVEL)],
             dimension_names=("c", "y", "x")[-len(layout.shape) :],
         )
     for name, values in (("tissue", tissue.astype(np.uint8)), ("wanted", counts)):
-        group.create_array(name, data=values, chunks=values.shape, dimension_names=("y", "x"))
+        group.create_array(
+            name,
+            data=values,
+            chunks=values.shape,
+            fill_value=layouts[name].fill_value,
+            compressors=[ZstdCodec(level=COMPRESSION_LEVEL)],
+            dimension_names=("y", "x"),
+        )
     (partial / COMMITS).touch()  # last: a partial without it is a torn beginning
 
 
