@@ -10,25 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsipipe.errors import ConfigError
-from wsipipe.training.augment import (
-    RECIPES,
-    Blur,
-    BoxBlur,
-    Coarsen,
-    Geometry,
-    Hue,
-    Jpeg,
-    Noise,
-    Recipe,
-    SourceField,
-    Stain,
-    Superpixels,
-    Tone,
-    ZoomBlur,
-    draw_field,
-    load_recipe,
-    plain_recipe,
-)
+from wsipipe.training.augment import RECIPES, Recipe, load_recipe, plain_recipe
+from wsipipe.training.colour import Blur, BoxBlur, Coarsen, Hue, Jpeg, Noise, Stain, Superpixels, Tone, ZoomBlur
+from wsipipe.training.spatial import Geometry, SourceField, draw_field
 
 STEPS = [
     Stain(),

@@ -6,7 +6,7 @@ import numpy as np
 from made_patches import CLASSES, write_set
 
 from wsipipe.training import negatives
-from wsipipe.training.augment import dyes_mixed
+from wsipipe.training.colour import dyes_mixed
 from wsipipe.training.data import PatchSet
 
 

@@ -15,10 +15,12 @@ from wsipipe.cli import app
 from wsipipe.errors import DataError
 from wsipipe.training.check import check, draw_sheet
 from wsipipe.training.miniature import make_conic, make_pannuke
-from wsipipe.training.sources.annotated import Splits, prepare_image_masks, prepare_qupath
 from wsipipe.training.sources.cellvit import prepare_cellvit, read_label
 from wsipipe.training.sources.conic import TYPES, prepare_conic
+from wsipipe.training.sources.image_masks import prepare_image_masks
+from wsipipe.training.sources.own_images import Splits
 from wsipipe.training.sources.pannuke import joined, prepare_pannuke
+from wsipipe.training.sources.qupath import prepare_qupath
 from wsipipe.training.write import Description, count, differences, windows
 
 ABOUT = Description("own", 0.25, None, "drawn", "CC0-1.0")

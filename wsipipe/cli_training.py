@@ -84,7 +84,8 @@ def qupath(
     licence: Licence = "not stated",
 ) -> None:
     """Images or slides with QuPath's objects beside them: `<stem>.svs` and `<stem>.geojson`."""
-    from wsipipe.training.sources.annotated import Splits, prepare_qupath
+    from wsipipe.training.sources.own_images import Splits
+    from wsipipe.training.sources.qupath import prepare_qupath
     from wsipipe.training.write import Description
 
     about = Description(name or src.name, mpp, None, "annotated in QuPath", licence)
@@ -108,7 +109,8 @@ def masks(
     licence: Licence = "not stated",
 ) -> None:
     """`images/<stem>.*`, `masks/<stem>.png` (numbered nuclei) and, for types, `types/<stem>.csv` (id,type)."""
-    from wsipipe.training.sources.annotated import Splits, prepare_image_masks
+    from wsipipe.training.sources.image_masks import prepare_image_masks
+    from wsipipe.training.sources.own_images import Splits
     from wsipipe.training.write import Description
 
     about = Description(name or src.name, mpp, None, "images with instance masks", licence)

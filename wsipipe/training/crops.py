@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import Dataset
 
 from wsipipe.errors import DataError
-from wsipipe.training.augment import Recipe, SourceField, draw_field
+from wsipipe.training.augment import Recipe
 from wsipipe.training.crop_targets import CropTargets, MapTargets
 from wsipipe.training.data import UNKNOWN_TYPE, PatchSet, Split, same_classes
+from wsipipe.training.spatial import SourceField, draw_field
 
 UNKNOWN_TISSUE = -100  # what torch's cross-entropy leaves out
 Array = npt.NDArray[Any]

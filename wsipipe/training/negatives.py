@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from wsipipe.training.augment import dyes_mixed
+from wsipipe.training.colour import dyes_mixed
 from wsipipe.training.data import Patch, PatchSet
 from wsipipe.training.write import Description, Drawn, write_patch_set
 
