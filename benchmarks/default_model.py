@@ -1,14 +1,15 @@
-"""What the model that ships is worth: every figure of its card, through the whole of `segment`.
+"""What the models that ship are worth: every figure of their cards, through the whole of `segment`.
 
-    python benchmarks/default_model.py --sets FOLDER [--model NAME|PATH] [--slide SLIDE]
+    python benchmarks/default_model.py --sets FOLDER [--models NAME|PATH ...] [--slide SLIDE]
 
 `--sets` holds the published sets as `wsipipe.training.prepare` wants them; by default a folder `shared/data` beside
-the project. Without it only what needs no data is measured. The last line is JSON: by set `bpq`, `dice`, `f1` (the
-first and the last at IoU > 0.5), means over the test images at their own resolution; `typed_f1`, the mean over the
-three large types of the F1 of detection on CoNSeP; `calibration` of the types there (`ece`: the expected calibration
-error); `half_resolution_loss`, by how much bPQ falls on CoNSeP at twice
-the µm/px; `fp32_difference`, the largest change of the figures from the machine's precision to fp32; `false_per_mm2`,
-nuclei in pictures without any; `slide_s`, seconds of `wsipipe segment` for `--slide`, imports included.
+the project. Without it only what needs no data is measured. The last line is JSON, by model: by set `bpq`, `dice`, `f1`
+(the first and the last at IoU > 0.5), means over the test images at their own resolution, and `spread`, their standard
+deviations over the images; `typed_f1`, the mean over the three large types of the F1 of detection on CoNSeP;
+`calibration` of the types there (`ece`: the expected calibration error); `half_resolution_loss`, by how much bPQ falls
+on CoNSeP at twice the µm/px; `fp32_difference`, the largest change of the figures from the machine's precision to
+fp32; `false_per_mm2`, nuclei in pictures without any; `slide_s`, seconds of `wsipipe segment` for `--slide`, imports
+included.
 """
 
 import argparse
@@ -28,10 +29,11 @@ from skimage.filters import gaussian
 from skimage.measure import block_reduce
 
 from wsipipe.config import Config
-from wsipipe.model.weights import DEFAULT_MODEL, load_model
+from wsipipe.model.weights import load_model, shipped_models
 from wsipipe.training.data import PatchSet
-from wsipipe.training.evaluate import evaluate, segment_image
+from wsipipe.training.evaluate import evaluate, score_images, segment_image
 from wsipipe.training.prepare import DEFAULT_SETS, prepare_masks
+from wsipipe.training.scores import ImageScores, summarise
 
 TESTED = ("consep", "tnbc_naylor")
 LARGE_TYPES = ("inflammatory", "epithelial", "spindle-shaped")
@@ -46,6 +48,11 @@ Image = npt.NDArray[np.uint8]
 
 def figures(scores: dict[str, Any]) -> dict[str, float]:
     return dict(zip(NAMES, (scores["bPQ"], scores["dice"], scores["bDQ"]), strict=True))
+
+
+def spread(images: list[ImageScores]) -> dict[str, float]:
+    values = np.array([(image.quality[2], image.dice, image.quality[0]) for image in images])
+    return {name: round(float(value), 4) for name, value in zip(NAMES, values.std(axis=0, ddof=1), strict=True)}
 
 
 def halved(patches: PatchSet) -> PatchSet:
@@ -103,37 +110,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=Path, default=beside)
     parser.add_argument("--slide", type=Path, default=beside / "slides" / "CMU-1-Small-Region.svs")
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--models", nargs="+", default=list(shipped_models()))
     arguments = parser.parse_args()
-    model = load_model(arguments.model)
-    found: dict[str, Any] = {"model": model[1].name, "weights_sha256": model[2]}
+    with tempfile.TemporaryDirectory() as folder:
+        sets = {
+            name: prepare_masks(arguments.sets / name, Path(folder) / name, DEFAULT_SETS[name])
+            for name in TESTED
+            if arguments.sets.exists()
+        }
+        found = {name: measure(name, sets, arguments.slide) for name in arguments.models}
+    print(json.dumps(found))
 
+
+def measure(name: str, sets: dict[str, PatchSet], slide: Path) -> dict[str, Any]:
+    model = load_model(name)
+    spec, digest = model[1:]
+    found: dict[str, Any] = {"model": spec.name, "weights_sha256": digest}
     empty = {name: false_per_mm2(model, image) for name, image in pictures_without_nuclei().items()}
     found["false_per_mm2"] = {name: round(value, 2) for name, value in empty.items()}
-    print(f"nuclei found per mm² where there are none: {found['false_per_mm2']}", flush=True)
-    if arguments.slide.exists():
-        found["slide_s"] = round(seconds_of(arguments.slide, arguments.model), 1)
-        print(f"{arguments.slide.name}: {found['slide_s']} s", flush=True)
-    if arguments.sets.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            sets = {
-                name: prepare_masks(arguments.sets / name, Path(folder) / name, DEFAULT_SETS[name]) for name in TESTED
-            }
-            differences = []
-            for name, patches in sets.items():
-                scores = evaluate(model, patches, "test")
-                found[name] = {key: round(value, 4) for key, value in figures(scores).items()}
-                if patches.types is not None:
-                    f1 = {kind: round(scores["types"][kind]["f1"], 4) for kind in LARGE_TYPES}
-                    found["f1_by_type"], found["typed_f1"] = f1, round(float(np.mean(list(f1.values()))), 4)
-                    found["calibration"] = {key: round(value, 4) for key, value in scores["calibration"].items()}
-                print(f"{patches.name}, test: {found[name]}", flush=True)
-                exact = figures(evaluate(model, patches, "test", precision="fp32"))
-                differences += [abs(exact[key] - figures(scores)[key]) for key in NAMES]
-            found["fp32_difference"] = round(max(differences), 4)
-            half = evaluate(model, halved(sets["consep"]), "test")
-            found["half_resolution_loss"] = round(found["consep"]["bpq"] - half["bPQ"], 4)
-    print(json.dumps(found))
+    print(f"{spec.name}: nuclei found per mm² where there are none: {found['false_per_mm2']}", flush=True)
+    if slide.exists():
+        found["slide_s"] = round(seconds_of(slide, name), 1)
+        print(f"{spec.name}: {slide.name}: {found['slide_s']} s", flush=True)
+    if not sets:
+        return found
+    differences = []
+    for key, patches in sets.items():
+        images = score_images(model, patches, "test")
+        scores = summarise(images, spec.class_names)
+        found[key] = {name: round(value, 4) for name, value in figures(scores).items()} | {"spread": spread(images)}
+        if patches.types is not None:
+            f1 = {kind: round(scores["types"][kind]["f1"], 4) for kind in LARGE_TYPES}
+            found["f1_by_type"], found["typed_f1"] = f1, round(float(np.mean(list(f1.values()))), 4)
+            found["calibration"] = {name: round(value, 4) for name, value in scores["calibration"].items()}
+        print(f"{spec.name}: {patches.name}, test: {found[key]}", flush=True)
+        exact = figures(evaluate(model, patches, "test", precision="fp32"))
+        differences += [abs(exact[name] - figures(scores)[name]) for name in NAMES]
+    found["fp32_difference"] = round(max(differences), 4)
+    half = evaluate(model, halved(sets["consep"]), "test")
+    found["half_resolution_loss"] = round(found["consep"]["bpq"] - half["bPQ"], 4)
+    return found
 
 
 if __name__ == "__main__":

@@ -65,13 +65,13 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _small(name: str, tile_px: int, halo_px: int, cell_px: int = 1, **settings: Any) -> ModelSpec:
+def _small(name: str, tile_px: int, halo_px: int, *, mpp: float = 0.25, cell_px: int = 1, **settings: Any) -> ModelSpec:
     """A CellVTA that is trained from scratch and runs on CPUs."""
     return ModelSpec(
         name=name,
         architecture="cellvta",
         settings={"layer_scale": None, "gamma": 0.1, "drop_path": 0.0, "cell_px": cell_px, **settings},
-        mpp=0.25,
+        mpp=mpp,
         tile_px=tile_px,
         halo_px=halo_px,
         tile_step=(16 * cell_px, 0),
@@ -288,7 +288,7 @@ SPECS: dict[str, ModelSpec] = {
         _small(
             "cellvta-nano",
             1024,
-            64,
+            48,
             cell_px=2,
             dim=64,
             depth=4,
@@ -303,6 +303,7 @@ SPECS: dict[str, ModelSpec] = {
             "cellvta-small",
             1024,
             64,
+            mpp=0.21,
             cell_px=2,
             dim=128,
             depth=4,
