@@ -334,6 +334,11 @@ def test_training_starts_from_the_weights_of_a_vit(discs, tmp_path):
     assert torch.equal(second["encoder.vit.blocks.0.attn.qkv.weight"], ours["blocks.0.attn.qkv.weight"] + 1.0)
     train(config(discs, start_from=best, **frozen), tmp_path / "third")
     assert torch.equal(weights(tmp_path / "third")["encoder.vit.pos_embed"], ours["pos_embed"])
+    last = torch.load(tmp_path / "first/last.pt", weights_only=True)
+    last["network"]["encoder.vit.pos_embed"] += 1.0
+    torch.save(last, tmp_path / "last.pt")
+    train(config(discs, start_from=tmp_path / "last.pt", **frozen), tmp_path / "of-last")
+    assert torch.equal(weights(tmp_path / "of-last")["encoder.vit.pos_embed"], ours["pos_embed"] + 1.0)
     save_file({**ours, "blocks.0.attn.qkv.weight": torch.zeros(2)}, tmp_path / "vit.safetensors")
     with pytest.raises(ModelError, match=r"blocks\.0\.attn\.qkv\.weight has shape \(2,\), expected \(192, 64\)"):
         train(config(discs, encoder=str(tmp_path / "vit.safetensors"), **frozen), tmp_path / "fourth")

@@ -46,7 +46,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
         None, description="what the ViT starts with: a file of UNI, SAM or timm, or timm's name"
     )
     start_from: Path | None = Field(
-        None, description="checkpoint, ours or upstream's, whose weights are taken where they fit"
+        None, description="checkpoint, ours or upstream's, or a run's last.pt, whose weights are taken where they fit"
     )
     widen_from: Path | None = Field(
         None, description="checkpoint of a narrower network of the same layers, as whose equal this one starts"

@@ -1,8 +1,9 @@
 """The network of a run: its spec, the weights that it starts with, what of it learns, and what it is shown."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from wsipipe.errors import ConfigError
 from wsipipe.model.encoder import GRID_PX, Encoder
 from wsipipe.model.registry import SPECS, build
 from wsipipe.model.spec import ModelSpec
-from wsipipe.model.weights import load_encoder, open_checkpoint
+from wsipipe.model.weights import load_encoder, open_checkpoint, read_pickle
 from wsipipe.training.config import VARIANT_SETTINGS, TrainConfig
 from wsipipe.training.widening import widen
 
@@ -72,7 +73,7 @@ def _take_weights(network: nn.Module, config: TrainConfig) -> None:
         widen(open_checkpoint(config.widen_from)[0], network, config.seed)
         log.info("starts as the equal of %s", config.widen_from)
     if config.start_from is not None:
-        found = open_checkpoint(config.start_from)[0].state_dict()
+        found = _weights(config.start_from)
         fitting = {key: value for key, value in found.items() if key in own and own[key].shape == value.shape}
         if not fitting:
             raise ConfigError(f"{config.start_from} has no tensor of a {config.model}")
@@ -83,6 +84,13 @@ def _take_weights(network: nn.Module, config: TrainConfig) -> None:
         if not isinstance(vit, Encoder):
             raise ConfigError(f"{config.model} has no ViT that could start with {config.encoder}; leave encoder out")
         load_encoder(vit, config.encoder)
+
+
+def _weights(path: Path) -> Mapping[str, Any]:
+    """Of a checkpoint, or those that were learning when a run saved its `last.pt`."""
+    if path.suffix == ".pt" and isinstance(learning := read_pickle(path).get("network"), Mapping):
+        return learning
+    return open_checkpoint(path)[0].state_dict()
 
 
 def freeze(network: nn.Module, trains: str) -> None:
