@@ -288,7 +288,7 @@ SPECS: dict[str, ModelSpec] = {
         _small(
             "cellvta-nano",
             1024,
-            48,
+            56,
             cell_px=2,
             dim=64,
             depth=4,
