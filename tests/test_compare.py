@@ -214,6 +214,26 @@ def test_files_that_cannot_be_compared_are_refused_with_the_remedy(tmp_path: Pat
     assert not list(tmp_path.glob("scores*"))
 
 
+@pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_resolution_that_no_slide_has_is_refused(tmp_path: Path, mpp: float) -> None:
+    ours = table(tmp_path, "nuclei")
+    with pytest.raises(ConfigError, match="no resolution of a slide"):
+        make_comparison(ours, ours, tmp_path / "scores", mpp=mpp)
+
+
+def test_what_is_compared_is_not_overwritten_and_an_earlier_comparison_is(tmp_path: Path) -> None:
+    ours = table(tmp_path, "nuclei")
+    truth = write_geojson(ours, tmp_path / "truth.geojson").files[0].rename(tmp_path / "truth.json")
+    before = truth.read_bytes()
+    with pytest.raises(ConfigError, match="is there and no comparison; give another name"):
+        make_comparison(truth, ours, tmp_path / "truth")
+    assert truth.read_bytes() == before
+    with pytest.raises(ConfigError, match="need a name"):
+        make_comparison(truth, ours, Path())
+    for _ in range(2):
+        make_comparison(truth, ours, tmp_path / "scores")
+
+
 def test_the_command_shows_the_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = table(tmp_path, "nuclei")
     with pytest.raises(SystemExit) as stop:

@@ -20,9 +20,10 @@ from PIL import Image
 from wsipipe.atomic import finished
 from wsipipe.comparison import OutlinedNuclei, Scores, compare, to_table
 from wsipipe.errors import ConfigError, DataError, StoreError, WsipipeError, one_line
-from wsipipe.folder import write_record
+from wsipipe.folder import record_of, write_record
 from wsipipe.outlines import trace_outlines
 from wsipipe.rings import closed_rings
+from wsipipe.slide import GIVEN_MPP
 from wsipipe.table import read_nuclei
 
 log = logging.getLogger(__name__)
@@ -71,9 +72,13 @@ def make_comparison(
     Raises
     ------
     WsipipeError
-        If a file is missing, of another kind, or of another slide, or mpp is not known.
+        If a file is missing, of another kind, or of another slide, if mpp is not known or no slide's, or if
+        `<out>.json` is there and no comparison.
     """
     started = time.monotonic()
+    if mpp is not None and not GIVEN_MPP[0] <= mpp <= GIVEN_MPP[1]:
+        raise ConfigError(f"--mpp {mpp} is no resolution of a slide; give µm per pixel, e.g. --mpp 0.25 for a 40x scan")
+    _require_free(out)
     files = [read_nuclei_file(path, at) for path in (true, found)]
     prints = {file.fingerprint for file in files} - {None}
     if len(prints) > 1:
@@ -98,6 +103,21 @@ def make_comparison(
     )
     log.info("compared %d nuclei with %d in %.1f s", scores["all"].found, scores["all"].true, seconds)
     return scores, table
+
+
+def _require_free(out: Path) -> None:
+    """Refuse names under which there is something else, which may be what is compared."""
+    if not out.name:
+        raise ConfigError("the results of a comparison need a name; give one with --out")
+    record = record_of(out)
+    if record.exists():
+        try:
+            with record.open("rb") as file:
+                ours = "scores" in json.loads(file.read(PIECE))
+        except (OSError, ValueError, TypeError, RecursionError):
+            ours = False
+        if not ours:
+            raise ConfigError(f"{record} is there and no comparison; give another name with --out")
 
 
 def read_nuclei_file(path: Path, at: tuple[int, int] = (0, 0)) -> NucleiFile:
