@@ -74,6 +74,22 @@ def test_chunks_change_no_byte_of_the_table(tiny, oracle, tmp_path):
     assert len(tables) == 1
 
 
+def test_parts_of_an_earlier_export_go_and_what_others_put_there_stays(tiny, oracle, tmp_path):
+    run(tiny.path, tmp_path / "out", oracle)
+    folder = ResultFolder(tmp_path / "out")
+    (folder.path / "nuclei-009.geojson.gz").touch()
+
+    def exported(**options):
+        with open_slide(tiny.path) as slide:
+            tissue = read_tissue(folder.tissue, slide)
+            make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, **options)
+        return sorted(file.name.removesuffix(".geojson.gz") for file in folder.path.glob("*.geojson.gz"))
+
+    assert exported(split=4) == ["nuclei-001", "nuclei-002", "nuclei-003", "nuclei-009"]
+    assert exported(split=6) == ["nuclei-001", "nuclei-002", "nuclei-009"]
+    assert exported() == ["nuclei", "nuclei-009"]
+
+
 def test_a_second_run_leaves_everything_as_it_is(tiny, oracle, tmp_path):
     run(tiny.path, tmp_path / "out", oracle)
     before = results(tmp_path / "out")

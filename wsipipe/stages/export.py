@@ -1,5 +1,6 @@
 """Make of a table of nuclei what viewers open: GeoJSON for QuPath, and a picture for the eye."""
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from wsipipe.atomic import finished
-from wsipipe.folder import write_record
+from wsipipe.folder import record_of, write_record
 from wsipipe.geojson import Form, GeojsonSummary, write_geojson
 from wsipipe.overlay import draw_overlay
 from wsipipe.slide import Slide
@@ -29,7 +30,7 @@ def make_export(
     crop_to_bounds: bool = True,
     split: int | None = None,
 ) -> GeojsonSummary:
-    """Write `geojson` and `overlay` from a finished table; existing files are replaced.
+    """Write `geojson` and `overlay` from a finished table; what an earlier export wrote is replaced, all its parts.
 
     Parameters
     ----------
@@ -42,6 +43,8 @@ def make_export(
     """
     started = time.monotonic()
     summary = write_geojson(nuclei, geojson, form=form, offset=None if crop_to_bounds else (0, 0), split=split)
+    for stale in _exported(geojson) - set(summary.files):  # nobody is to open what was found with other settings
+        stale.unlink(missing_ok=True)
     meta, _ = read_nuclei(nuclei)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -52,5 +55,22 @@ def make_export(
         picture.save(partial, "PNG")
     seconds = time.monotonic() - started
     log.info("%s: wrote %s and %s in %.1f s", slide.name, geojson.name, overlay.name, seconds)
-    write_record(geojson, nuclei=summary.nuclei, dropped=summary.dropped, form=form, seconds=round(seconds, 3))
+    write_record(
+        geojson,
+        files=[file.name for file in summary.files],
+        nuclei=summary.nuclei,
+        dropped=summary.dropped,
+        form=form,
+        seconds=round(seconds, 3),
+    )
     return summary
+
+
+def _exported(geojson: Path) -> set[Path]:
+    """The files that an earlier export wrote, as its record tells."""
+    try:
+        names = json.loads(record_of(geojson).read_bytes())["files"]
+        stem = geojson.name.partition(".")[0]
+        return {geojson.with_name(name) for name in names if name.startswith(stem) and ".geojson" in name}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return set()
