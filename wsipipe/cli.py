@@ -6,6 +6,7 @@ Nothing heavy is imported here: `wsipipe --help` must not wait for torch.
 import logging
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -488,6 +489,7 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    warnings.simplefilter("ignore")  # the coroutines of zarr that are broken off here would warn of it
     raise _Stopped(number)
 
 
