@@ -135,6 +135,8 @@ def test_what_is_no_slide_is_refused_in_one_sentence(make, says, oracle, tmp_pat
         (["--batch-size", "0"], 2, "--batch-size"),
         (["--out", "/proc/nowhere"], 1, "choose another folder with --out"),
         (["--scheduler", "fibres"], 1, "--scheduler fibres"),
+        (["--memory", "some"], 1, "--memory some is no amount"),
+        (["--memory", "64MB"], 1, "--memory 64MB is too little: with batches of 1"),
     ],
 )
 def test_wrong_usage_and_wrong_values_are_told_apart(arguments, code, says, tiny, oracle, tmp_path, capfd):

@@ -453,7 +453,7 @@ def test_the_summary_names_the_bottleneck(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_memory_in_flight_is_bounded_whatever_the_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "MOST_NETWORKS", 1)
+    monkeypatch.setattr("wsipipe.device.MOST_NETWORKS", 1)
     begun, answered = [0], [0]
     most = [0]
 
@@ -475,7 +475,7 @@ def test_memory_in_flight_is_bounded_whatever_the_slide(tmp_path: Path, monkeypa
 def test_a_batch_runs_on_each_core_and_the_maps_are_the_same(
     tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "usable_cpus", lambda: 3)
+    monkeypatch.setattr("wsipipe.device.usable_cpus", lambda: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     together, left = threading.Barrier(3), iter(range(3))
 

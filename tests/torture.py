@@ -27,7 +27,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from comparable import without_run
 
-from wsipipe.stages.maps import WRITES_AHEAD
+from wsipipe.device import choose_device, choose_networks, network_threads
+from wsipipe.memory import WRITES_AHEAD
 
 STAGES = ("tissue", "maps", "nuclei", "export", "segment")
 OF_THE_RUN = (  # what a record tells of how long it took and how much was left to do
@@ -36,8 +37,6 @@ OF_THE_RUN = (  # what a record tells of how long it took and how much was left 
 )  # fmt: skip
 BATCH = 4
 CHUNK_TILES = 2
-# Tiles that are worked on and not yet stored: a chunk under way and the batches that the writer has not yet taken.
-IN_FLIGHT = CHUNK_TILES**2 + (WRITES_AHEAD + 1) * BATCH
 CONFIG = f"maps: {{chunk_tiles: {CHUNK_TILES}}}\n"
 
 
@@ -223,6 +222,10 @@ def main() -> None:
     import wsipipe.stages.export
     import wsipipe.stages.segment  # noqa: F401
 
+    # Tiles that are worked on and not yet stored: of a chunk under way, of batches in the network, of one that waits
+    # for it, and of those that the writer has not yet taken.
+    networks = choose_networks(network_threads(choose_device("cpu")))
+    in_flight = CHUNK_TILES**2 + (networks + 1 + WRITES_AHEAD + 1) * BATCH
     summary: dict[str, Any] = {}
     faults = 0
     with tempfile.TemporaryDirectory(prefix="torture-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as root:  # noqa: PTH112
@@ -236,7 +239,7 @@ def main() -> None:
                 tiles, blocks = max(result.tiles_twice), max(result.blocks_twice)
                 print(
                     f"{stage:8}{result.identical} of {result.kills} identical; twice at most {tiles} tiles "
-                    f"({IN_FLIGHT} in flight) and {blocks} blocks; {time.monotonic() - began:.0f} s",
+                    f"({in_flight} in flight) and {blocks} blocks; {time.monotonic() - began:.0f} s",
                     flush=True,
                 )
                 for fault in result.faults:

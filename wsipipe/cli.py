@@ -76,6 +76,9 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="tile
 Compiled = Annotated[bool, typer.Option("--compile", help="let torch.compile fuse the network; pays on GPUs")]
 Scheduler = Annotated[str, typer.Option("--scheduler", help="Dask: threads, processes or tcp://HOST:PORT")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="of the scheduler; by default the usable CPUs")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="most that it may hold, e.g. 3GB: less at once; --batch-size stays")
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="one setting, e.g. nuclei.min_area_um2=10; wins over --config")
 ]
@@ -125,11 +128,12 @@ def segment(
     compiled: Compiled = False,
     scheduler: Scheduler = "threads",
     workers: Workers = None,
+    memory: Memory = None,
     form: FormOption = Form.outlines,
     overwrite: Overwrite = False,
 ) -> None:
     """Find every nucleus of SLIDE: all stages, and all files that come of them."""
-    settings = _settings(config, set_)
+    settings, budget = _settings(config, set_), _budget(memory)
     with _opened(slide, mpp, skip_bad_tiles) as opened, _granted(device) as chosen:
         from wsipipe.model.weights import DEFAULT_MODEL, load_model
         from wsipipe.stages.segment import segment as run
@@ -147,6 +151,7 @@ def segment(
             compiled=compiled,
             scheduler=scheduler,
             workers=workers,
+            memory=budget,
             form=form.value,
             overwrite=overwrite,
             progress=True,
@@ -188,11 +193,12 @@ def maps(
     precision: Precision = "auto",
     batch_size: BatchSize = None,
     compiled: Compiled = False,
+    memory: Memory = None,
     overwrite: Overwrite = False,
     unattended: Unattended = False,
 ) -> None:
     """Run the network over the tissue of SLIDE and write maps.zarr."""
-    settings = _settings(config, set_)
+    settings, budget = _settings(config, set_), _budget(memory)
     claim = ["path"] if unattended else []  # the maps have a lock of their own, which does not wait
     with _opened(slide, mpp, skip_bad_tiles) as opened, _claimed(out, opened, *claim, wait=unattended) as folder:
         from wsipipe.model.weights import DEFAULT_MODEL, load_model
@@ -212,6 +218,7 @@ def maps(
                 precision=precision,
                 batch_size=batch_size,
                 compiled=compiled,
+                memory=budget,
                 overwrite=overwrite,
                 progress=True,
             )
@@ -231,11 +238,12 @@ def nuclei(
     skip_bad_tiles: SkipBadTiles = False,
     scheduler: Scheduler = "threads",
     workers: Workers = None,
+    memory: Memory = None,
     overwrite: Overwrite = False,
     unattended: Unattended = False,
 ) -> None:
     """Find the nuclei in the maps of SLIDE and write nuclei.parquet; needs no network, so settings can be tried."""
-    settings = _settings(config, set_)
+    settings, budget = _settings(config, set_), _budget(memory)
     with _opened(slide, mpp, skip_bad_tiles) as opened, _claimed(out, opened, "nuclei", wait=unattended) as folder:
         from wsipipe.stages.nuclei import make_nuclei
 
@@ -247,6 +255,7 @@ def nuclei(
                 settings.nuclei,
                 scheduler=scheduler,
                 workers=workers,
+                memory=budget,
                 overwrite=overwrite,
                 progress=True,
             )
@@ -421,6 +430,12 @@ def _settings(path: Path | None, overrides: list[str] | None = None) -> "Config"
     from wsipipe.config import load_config, parse_overrides
 
     return load_config(path, parse_overrides(overrides or []))
+
+
+def _budget(memory: str | None) -> int | None:
+    from wsipipe.memory import parse_memory
+
+    return None if memory is None else parse_memory(memory)
 
 
 def _opened(path: str, mpp: float | None, skips_unread: bool = False) -> "Slide":

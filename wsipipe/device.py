@@ -18,6 +18,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 TILE_BYTES = {"fp32": 512 * 2**20, "bf16": 256 * 2**20, "fp16": 256 * 2**20}
 LARGEST_BATCH = 64  # a ViT keeps a big GPU busy with fewer; more only costs memory
 CPU_BATCH = 4  # its cores are busy with one tile already; a few spare the overhead of small ones
+MOST_NETWORKS = 4  # batches at once on a CPU, each of which holds its activations; more cores share a batch
+MOST_READERS = 8  # decode some 8 x 50 MP/s, several times what the fastest network takes
 
 
 def choose_device(name: str = "auto") -> "torch.device":
@@ -81,6 +83,23 @@ def choose_batch_size(device: "torch.device", tile_px: int, precision: Precision
         fitting = 0.5 * memory / (TILE_BYTES[precision] * tiles_of_256)
         return max(1, min(LARGEST_BATCH, int(fitting)))
     return max(1, int(CPU_BATCH / tiles_of_256))
+
+
+def choose_readers(device: "torch.device") -> int:
+    """Threads that read the slide: they share the CPUs with a network that runs there."""
+    return min(usable_cpus(), 2 if device.type == "cpu" else MOST_READERS)
+
+
+def network_threads(device: "torch.device") -> int:
+    """Threads for the network: torch counts the machine's cores, not those of this job."""
+    import torch
+
+    return min(torch.get_num_threads(), usable_cpus()) if device.type == "cpu" else 1
+
+
+def choose_networks(threads: int) -> int:
+    """Batches that the network works on at a time, so that its threads need not wait for one another."""
+    return min(threads, MOST_NETWORKS)
 
 
 def describe(device: "torch.device", precision: Precision) -> str:

@@ -31,20 +31,24 @@ from wsipipe.config import Config, config_hash
 from wsipipe.device import (
     choose_batch_size,
     choose_device,
+    choose_networks,
     choose_precision,
+    choose_readers,
     describe,
+    network_threads,
     torch_dtype,
-    usable_cpus,
 )
 from wsipipe.errors import ConfigError, ModelError, StoreError, WsipipeError
 from wsipipe.folder import record_of, write_record
 from wsipipe.geometry import Box, Grid
 from wsipipe.maps import Maps, NetworkMaps, to_input
+from wsipipe.memory import WRITES_AHEAD
 from wsipipe.model.answers import maps_of
 from wsipipe.model.inference import prepare_for_inference
 from wsipipe.model.spec import ModelSpec, tile_geometry
 from wsipipe.progress import Progress
 from wsipipe.provenance import StoreMeta
+from wsipipe.stages import budget
 from wsipipe.store import MapStore
 from wsipipe.tiles import Tile, chunk_grid
 
@@ -54,9 +58,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_NETWORKS = 4  # batches at once on a CPU, each of which holds its activations; more cores share a batch
-MOST_READERS = 8  # decode some 8 x 50 MP/s, several times what the fastest network takes
-WRITES_AHEAD = 2  # batches: a chunk being compressed must not stop the network
 FREE_BYTES_PER_PX = 0.5  # crowded tissue takes 3.4, quiet tissue a part of it: with less a run cannot end well
 
 
@@ -113,6 +114,8 @@ def make_maps(
     batch_size: int | None = None,
     compiled: bool = False,
     readers: int | None = None,
+    networks: int | None = None,
+    memory: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
     on_chunk: Callable[[int], None] | None = None,
@@ -125,8 +128,11 @@ def make_maps(
     ----------
     model : (network, spec, sha256 of the weights)
         The network stays as it is: what runs is `prepare_for_inference` of it.
-    batch_size, readers : int or None
-        Tiles a batch, and reading threads; None chooses by the device. Out of memory on CUDA the batch is halved.
+    batch_size, readers, networks : int or None
+        Tiles a batch, reading threads, and batches in the network at a time; None chooses by the device. Out of memory
+        on CUDA the batch is halved.
+    memory : int, optional
+        Bytes that this process may hold: all three are chosen to fit. A `batch_size` that was given stays.
     compiled : bool
         See `prepare_for_inference`. The results may differ in the last bits.
     on_chunk : function or None
@@ -144,8 +150,13 @@ def make_maps(
     chosen = choose_device(device)
     arithmetic = choose_precision(precision, chosen)
     geometry = tile_geometry(spec, config.maps)
-    cpus = usable_cpus()
-    readers = min(cpus, 2 if chosen.type == "cpu" else MOST_READERS) if readers is None else readers
+    if memory is not None:
+        demand = budget.of_maps(
+            model, config.maps, device=device, precision=precision, batch_size=batch_size, compiled=compiled
+        )
+        fitting = budget.fit(memory, slide, demand)
+        batch_size, readers, networks = fitting.batch_size, fitting.readers, fitting.networks
+    readers = choose_readers(chosen) if readers is None else readers
     batch_size = choose_batch_size(chosen, geometry.tile_px, arithmetic) if batch_size is None else batch_size
     if readers < 1 or batch_size < 1:
         raise ConfigError(f"{readers} readers and batches of {batch_size} tiles do nothing; give at least 1")
@@ -182,10 +193,10 @@ def make_maps(
             run = _Run(
                 slide, store, _Network(network, meta, chosen, batch_size, compiled=compiled), before, spent, on_chunk
             )
-            # torch counts the machine's cores, not those of this job
-            threads = min(torch.get_num_threads(), cpus) if chosen.type == "cpu" else 1
+            threads = network_threads(chosen)
+            networks = choose_networks(threads) if networks is None else min(networks, threads)
             with Progress(todo, "tiles", f"maps of {slide.name}", shown=progress) as bar:
-                run.all(plan.batches(batch_size, before), readers, threads, bar)
+                run.all(plan.batches(batch_size, before), readers, networks, threads, bar)
             store.finish()
         seconds = time.monotonic() - started
         summary = MapsSummary(
@@ -334,10 +345,12 @@ class _Run:
         self._open: tuple[int, Maps] | None = None  # the chunk under way; the writer's thread alone touches it
         self._placed = 0
 
-    def all(self, batches: Iterable[list[_Item]], readers: int, threads: int, progress: Progress) -> None:
-        at_once, threads_elsewhere = min(threads, MOST_NETWORKS), torch.get_num_threads()
+    def all(
+        self, batches: Iterable[list[_Item]], readers: int, networks: int, threads: int, progress: Progress
+    ) -> None:
+        threads_elsewhere = torch.get_num_threads()
         reading = ThreadPoolExecutor(readers, "reader")
-        computing = ThreadPoolExecutor(at_once, "network", torch.set_num_threads, (threads // at_once,))
+        computing = ThreadPoolExecutor(networks, "network", torch.set_num_threads, (threads // networks,))
         writing = ThreadPoolExecutor(1, "writer")
         writes: deque[Future[None]] = deque([writing.submit(self._announce, sorted(self._before))])
         answers: deque[tuple[list[_Item], Future[_Answer]]] = deque()
@@ -369,7 +382,7 @@ class _Run:
                         read.result()
                 answers.append((items, computing.submit(compute, items, buffer)))
                 # One waits, so that no core does; CUDA works on a batch while the one before is handed over.
-                while len(answers) > at_once:
+                while len(answers) > networks:
                     take()
             while answers:
                 take()

@@ -21,6 +21,7 @@ from wsipipe.geometry import Box
 from wsipipe.progress import Progress
 from wsipipe.seams import SeamCheck, SeamFigures
 from wsipipe.slide import Slide, open_slide
+from wsipipe.stages import budget
 from wsipipe.stages.workers import Workers, hired
 from wsipipe.store import MapStore
 from wsipipe.table import SQUARE_PX0, NucleiMeta, NucleiSpool, read_nuclei
@@ -178,6 +179,7 @@ def make_nuclei(
     *,
     scheduler: str = "threads",
     workers: int | None = None,
+    memory: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> NucleiSummary:
@@ -191,13 +193,20 @@ def make_nuclei(
         "threads", "processes", or the address of a `distributed` scheduler whose workers see the same files.
     workers : int, optional
         Threads or processes; by default the usable CPUs.
+    memory : int, optional
+        Bytes that this process may hold, or with "processes" all of them: there are so many workers as fit.
 
     Raises
     ------
     WsipipeError
         If the maps, the slide or an existing table do not allow it. Blocks that are finished stay.
     """
-    MapStore.open(maps)  # complete, or a clear refusal
+    store = MapStore.open(maps)  # complete, or a clear refusal
+    if memory is not None:
+        demand = budget.of_nuclei(
+            slide, store.meta.geometry, len(store.meta.spec.class_names), config.halo_px, scheduler, workers
+        )
+        workers = budget.fit(memory, slide, demand).workers or None
     run = NucleiRun(slide, maps, out, config, overwrite=overwrite)
     with (
         hired(scheduler, workers) as crew,

@@ -16,9 +16,11 @@ from wsipipe.config import Config
 from wsipipe.device import choose_device, require_precision
 from wsipipe.folder import ResultFolder, write_record
 from wsipipe.geojson import Form
+from wsipipe.memory import MASK_PX
 from wsipipe.model.spec import ModelSpec, tile_geometry
 from wsipipe.seams import SeamFigures
 from wsipipe.slide import Slide
+from wsipipe.stages import budget
 from wsipipe.stages.export import make_export
 from wsipipe.stages.maps import MapsSummary, make_maps
 from wsipipe.stages.nuclei import NucleiRun, NucleiSummary
@@ -58,13 +60,14 @@ def segment(
     compiled: bool = False,
     scheduler: str = "threads",
     workers: int | None = None,
+    memory: int | None = None,
     form: Form = "outlines",
     overwrite: bool = False,
     progress: bool = False,
 ) -> SegmentSummary:
     """From a slide to all its files in `folder`: the same bytes as the stages one after another.
 
-    Whatever an earlier run left is gone on with. Arguments are those of the stages.
+    Whatever an earlier run left is gone on with. Arguments are those of the stages; `memory` is for all of them.
 
     Raises
     ------
@@ -76,6 +79,18 @@ def segment(
     require_precision(precision)
     tile_geometry(model[1], config.maps)
     require_scheduler(scheduler, workers)
+    readers = networks = None
+    if memory is not None:
+        spec, mask = model[1], slide.grid(config.tissue.mpp)
+        maps_demand = budget.of_maps(
+            model, config.maps, device=device, precision=precision, batch_size=batch_size, compiled=compiled
+        )
+        nuclei_demand = budget.of_nuclei(
+            slide, tile_geometry(spec, config.maps), len(spec.class_names), config.nuclei.halo_px, scheduler, workers
+        )
+        fitting = budget.fit(memory, slide, maps_demand, nuclei_demand, at_first=MASK_PX * mask.width * mask.height)
+        batch_size, readers, workers = fitting.batch_size, fitting.readers, fitting.workers or None
+        networks = fitting.networks
     with folder.claimed(slide, folder.tissue, folder.nuclei, folder.geojson, folder.report):
         clock = _Clock()
         tissue = find_tissue(slide, config.tissue, roi=roi, everywhere=everywhere)
@@ -93,6 +108,8 @@ def segment(
                 precision=precision,
                 batch_size=batch_size,
                 compiled=compiled,
+                readers=readers,
+                networks=networks,
                 overwrite=overwrite,
                 progress=progress,
                 on_chunk=behind.chunk_is_there,
