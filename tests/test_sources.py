@@ -379,7 +379,7 @@ def test_faults_of_qupath_annotations_come_all_at_once(tmp_path):
         prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25)
     with pytest.raises(DataError, match=r"classes \['Stroma'\], which are not among \['Tumour'\]"):
         prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25, classes=["Tumour"])
-    with pytest.raises(DataError, match="does not state its resolution"):
+    with pytest.raises(DataError, match="does not state its resolution; pass --image-mpp"):
         prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF)
 
 
@@ -392,6 +392,45 @@ def test_a_split_table_is_followed_and_must_be_complete(tmp_path):
     table.write_text("name,group,split\np0_a,x,test\np0_a,x,testing\n")
     with pytest.raises(DataError, match=r"(?s)p0_a is there twice.*p1_a is not there.*'testing'"):
         prepare_image_masks(src, tmp_path / "dst2", ABOUT, 64, Splits(table))
+
+
+def test_an_outline_of_the_tissue_is_not_taken_for_a_nucleus(tmp_path):
+    write_qupath(tmp_path / "src", NUCLEI)
+    src = write_qupath(tmp_path / "src", [*NUCLEI, feature(square(0, 0, 90), None)], "b")
+    with pytest.raises(DataError, match=r"b\.png: an area of 8,100 µm² at \(45, 45\), without a class, is no nucleus"):
+        prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=1.0)
+
+
+def test_a_region_may_be_without_nuclei(tmp_path):
+    write_qupath(tmp_path / "src", NUCLEI)
+    src = write_qupath(tmp_path / "src", [feature(square(70, 10, 64), "Region*")], "b")
+    patches = prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25)
+    assert [patch.name for patch in patches.index][-1] == "b_10_70"
+    assert not patches.instances[-1].any()
+
+
+def test_a_hole_of_a_nucleus_is_nucleus(tmp_path):
+    ring = feature(square(10, 20, 20), "Tumour")
+    ring["geometry"]["coordinates"].append(square(15, 25, 8))
+    src = write_qupath(tmp_path / "src", [ring])
+    write_qupath(src, NUCLEI, "b")
+    patches = prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25)
+    assert (patches.instances[0] == 1).sum() == 400
+
+
+def test_too_few_images_for_the_parts_asked_for_are_refused():
+    with pytest.raises(DataError, match="2 images, patients or slides are too few to train, validate and test"):
+        Splits(validation=0.2, test=0.2).of(["p1_a", "p2_a"])
+    assert {split for _, split in Splits(validation=0, test=0.2).of(["p1_a", "p2_a"]).values()} == {"train", "test"}
+
+
+def test_files_beside_the_images_are_none(tmp_path):
+    src = write_qupath(tmp_path / "src", NUCLEI)
+    write_qupath(src, NUCLEI, "b")
+    (src / "b.geojson").rename(src / "b.json")
+    for name in (".DS_Store", "README.md", "splits.csv"):
+        (src / name).write_text("no image")
+    assert len(prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25)) > 0
 
 
 def test_groups_are_never_divided_between_splits():

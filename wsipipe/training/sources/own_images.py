@@ -13,6 +13,8 @@ import numpy as np
 from wsipipe.errors import DataError
 from wsipipe.training.data import SPLITS
 
+BESIDES = (".geojson", ".json", ".gz", ".csv", ".txt", ".md")  # what may lie beside images and is none
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -67,6 +69,11 @@ class Splits:
                 group = next(group for group in free if split_of[group] == "train")
                 split_of[group] = split
                 taken += images[group]
+            if share > 0 and not taken:
+                raise DataError(
+                    f"{len(images)} images, patients or slides are too few to train, validate and test on different "
+                    "ones; annotate another, or ask for fewer parts"
+                )
         return {name: (group_of[name], split_of[group_of[name]]) for name in names}
 
 
@@ -79,7 +86,9 @@ def images_of(folder: Path) -> dict[str, Path]:
         If there are none, or two of one name.
     """
     files = sorted(
-        path for path in folder.glob("*") if path.is_file() and path.suffix.lower() not in (".geojson", ".gz")
+        path
+        for path in folder.glob("*")
+        if path.is_file() and path.suffix.lower() not in BESIDES and not path.name.startswith(".")
     )
     stems = {path.stem: path for path in files}
     if not stems:

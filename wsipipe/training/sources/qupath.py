@@ -22,6 +22,7 @@ from wsipipe.training.write import Description, Drawn, windows, write_patch_set
 Array = npt.NDArray[Any]
 REGION = "region*"  # QuPath's own class for areas to look into; QuPath writes the star
 RECTANGULAR = 0.98  # share of its box that a region must fill
+LARGEST_UM2 = 5000.0  # of a nucleus, a disc of 80 µm; what is larger was drawn to some other end
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +86,11 @@ def prepare_qupath(
         try:
             with open_slide(stems[stem], image_mpp) as slide:
                 cuts[stem] = _cuts(slide, annotation, about.mpp, patch_px, stems[stem])
-        except (DataError, SlideError) as error:
+                faults += _no_nuclei(slide, annotation, stems[stem])
+        except DataError as error:
             faults.append(str(error))
+        except SlideError as error:
+            faults.append(str(error).replace("--mpp", "--image-mpp"))  # here `--mpp` is that of the patches
     if faults:
         raise DataError("; ".join(faults))
     places = splits.of(list(stems))
@@ -96,10 +100,14 @@ def prepare_qupath(
         for stem, path in stems.items():
             with open_slide(path, image_mpp) as slide:
                 grid, offset = slide.grid(about.mpp), (slide.bounds.x0, slide.bounds.y0) if slide.bounds else (0, 0)
-                polygons = [shapely.get_coordinates(area) + offset for area, _ in found[stem].nuclei]
-                outlines = [grid.from_px0(corners) for corners in polygons]
+                nuclei = found[stem].nuclei
+                bounds = shapely.bounds([area for area, _ in nuclei]).reshape(-1, 2, 2) + offset
+                low, high = grid.from_px0(bounds[:, 0]), grid.from_px0(bounds[:, 1])
                 for box in cuts[stem]:
-                    instances, types = _painted(outlines, [name for _, name in found[stem].nuclei], names, box)
+                    meets = (high > (box.x0, box.y0)) & (low < (box.x1, box.y1))
+                    near = [nuclei[i] for i in np.flatnonzero(meets.all(axis=1)).tolist()]
+                    outlines = [grid.from_px0(shapely.get_coordinates(area.exterior) + offset) for area, _ in near]
+                    instances, types = _painted(outlines, [name for _, name in near], names, box)
                     yield Drawn(slide.read(box, grid), instances, types)
 
     about = replace(about, class_names=names, notes={**about.notes, "patch_px": patch_px})
@@ -138,9 +146,23 @@ def read_annotation(path: Path) -> Annotation:
             regions += parts
         else:
             nuclei.append((max(parts, key=lambda part: part.area), name))
-    if not nuclei:
+    if not nuclei and not regions:  # a region without nuclei is worth learning from
         raise DataError(f"{path} holds no nuclei")
     return Annotation(tuple(nuclei), tuple(regions))
+
+
+def _no_nuclei(slide: Slide, annotation: Annotation, path: Path) -> list[str]:
+    """What must not be taken for a nucleus, such as an outline of the tissue."""
+    areas = shapely.area([area for area, _ in annotation.nuclei]) * slide.mpp_x0 * slide.mpp_y0
+    found = []
+    for number in np.flatnonzero(areas > LARGEST_UM2).tolist():
+        area, name = annotation.nuclei[number]
+        found.append(
+            f"{path}: an area of {areas[number]:,.0f} µm² at ({area.centroid.x:.0f}, {area.centroid.y:.0f}), "
+            f"{f'class {name}' if name else 'without a class'}, is no nucleus; delete it before the export, or give it "
+            "the class Region* if every nucleus in it is outlined"
+        )
+    return found
 
 
 def _cuts(slide: Slide, annotation: Annotation, mpp: float, patch_px: int, path: Path) -> list[Box]:
@@ -175,13 +197,8 @@ def _painted(
     """Instances and types within a box of outlines (n, 2), working px: the pixels whose centre lies inside."""
     instances = np.zeros(box.shape, np.uint16)
     type_map = None if names is None else np.zeros(box.shape, np.uint8)
-    number = 0
-    for outline, name in zip(outlines, types, strict=True):
-        low, high = outline.min(axis=0), outline.max(axis=0)
-        if high[0] <= box.x0 or low[0] >= box.x1 or high[1] <= box.y0 or low[1] >= box.y1:
-            continue
+    for number, (outline, name) in enumerate(zip(outlines, types, strict=True), 1):
         inside = draw.polygon(outline[:, 1] - box.y0 - 0.5, outline[:, 0] - box.x0 - 0.5, box.shape)
-        number += 1
         instances[inside] = number
         if type_map is not None and names is not None:
             type_map[inside] = names.index(name) if name else UNKNOWN_TYPE
