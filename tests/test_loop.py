@@ -27,7 +27,7 @@ from wsipipe.training.data import PatchSet
 from wsipipe.training.evaluate import evaluate
 from wsipipe.training.loop import TrainConfig, load_experiment, train
 from wsipipe.training.miniature import make_pannuke
-from wsipipe.training.network import freeze, normalised, spec_of
+from wsipipe.training.network import freeze, normalised, spec_of, start_network
 from wsipipe.training.objectives import objective_of
 from wsipipe.training.schedule import Schedule, rate, schedule_of
 from wsipipe.training.sources.pannuke import prepare_pannuke
@@ -171,6 +171,18 @@ def test_data_that_cannot_validate_are_refused_before_anything_is_made(tmp_path)
     with pytest.raises(ConfigError, match="none of the data has images in the split 'validation'"):
         train(config(folder), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_there_are_refused_before_anything_is_made(discs, tmp_path):
+    with pytest.raises(ModelError, match="'nano' is neither a shipped model"):
+        train(config(discs, start_from="nano"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_starts_from_a_shipped_model_by_its_name(discs):
+    shipped = load_model("cellvta-nano")[0].state_dict()
+    network = start_network(SPECS["cellvta-nano"], config(discs, start_from="cellvta-nano"))
+    assert all(torch.equal(value, shipped[key]) for key, value in network.state_dict().items())
 
 
 def test_an_experiment_file_is_read_and_its_faults_come_all_at_once(discs, tmp_path):

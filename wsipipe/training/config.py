@@ -46,10 +46,12 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
         None, description="what the ViT starts with: a file of UNI, SAM or timm, or timm's name"
     )
     start_from: Path | None = Field(
-        None, description="checkpoint, ours or upstream's, or a run's last.pt, whose weights are taken where they fit"
+        None,
+        description="shipped model, checkpoint, ours or upstream's, or a run's last.pt: its weights that fit are taken",
     )
     widen_from: Path | None = Field(
-        None, description="checkpoint of a narrower network of the same layers, as whose equal this one starts"
+        None,
+        description="shipped model or checkpoint of a narrower network of the same layers, as whose equal it starts",
     )
     variant: Literal["published", "paper"] | None = Field(None, description="a set of settings, see VARIANTS")
     data: dict[Path, float] = Field(description="folders of patch sets, and how often each is drawn")

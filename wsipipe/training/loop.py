@@ -64,13 +64,13 @@ def train(config: TrainConfig, run: Path) -> Path:
     crops = training_crops(config, spec, sets, tissues, objective.targets)
     held = validation_batches(config, spec, sets, tissues, objective.targets)
     schedule = schedule_of(config, crops.images)
+    device = team.device if team.num_processes > 1 else choose_device(config.device)
+    learner = Learner(config, spec, objective, device)
     folder = RunFolder(run)
     if team.is_main_process:
         folder.claim(config, {str(path): patches.fingerprint for path, patches in sets.items()})
     team.wait_for_everyone()
 
-    device = team.device if team.num_processes > 1 else choose_device(config.device)
-    learner = Learner(config, spec, objective, device)
     progress = folder.resume(learner.parts)
     learner.join(team)
     if team.is_main_process and config.tensorboard:

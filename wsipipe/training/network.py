@@ -13,7 +13,7 @@ from wsipipe.errors import ConfigError
 from wsipipe.model.encoder import GRID_PX, Encoder
 from wsipipe.model.registry import SPECS, build
 from wsipipe.model.spec import ModelSpec
-from wsipipe.model.weights import load_encoder, open_checkpoint, read_pickle
+from wsipipe.model.weights import find_checkpoint, load_encoder, open_checkpoint, read_pickle
 from wsipipe.training.config import VARIANT_SETTINGS, TrainConfig
 from wsipipe.training.widening import widen
 
@@ -70,10 +70,10 @@ def _take_weights(network: nn.Module, config: TrainConfig) -> None:
     """Start from other weights: a narrower network's, the ViT's (`encoder`), or all that fit (`start_from`)."""
     own = network.state_dict()
     if config.widen_from is not None:
-        widen(open_checkpoint(config.widen_from)[0], network, config.seed)
+        widen(open_checkpoint(find_checkpoint(config.widen_from))[0], network, config.seed)
         log.info("starts as the equal of %s", config.widen_from)
     if config.start_from is not None:
-        found = _weights(config.start_from)
+        found = _weights(find_checkpoint(config.start_from))
         fitting = {key: value for key, value in found.items() if key in own and own[key].shape == value.shape}
         if not fitting:
             raise ConfigError(f"{config.start_from} has no tensor of a {config.model}")
