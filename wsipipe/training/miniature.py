@@ -35,7 +35,7 @@ def make_pannuke(dst: Path, images: int = 6, side: int = 256, seed: int = 0) -> 
         np.save(place / "masks" / f"fold{fold}" / "masks.npy", np.stack(masks).astype(np.float64))
 
 
-def make_conic(dst: Path, patients: int = 5, of_each: int = 2, side: int = 256, seed: int = 0) -> None:
+def make_conic(dst: Path, patients: int = 5, of_each: int = 1, side: int = 256, seed: int = 0) -> None:
     """`images.npy`, `labels.npy`, `counts.csv` and `patient_info.csv`."""
     rng = np.random.default_rng(seed)
     dst.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from wsipipe.errors import DataError
 from wsipipe.metrics import remap_label
@@ -64,6 +63,8 @@ def prepare_conic(src: Path, dst: Path, split: Split = "patient") -> tuple[Patch
     of_window = [of_image[i] for i in trained for _ in places]
     if split == "published":
         held = int(VALIDATION_SHARE * len(of_window))
+        import torch  # slow to import, and the published order is its own
+
         order = torch.randperm(len(of_window), generator=torch.Generator().manual_seed(SEED)).tolist()
         for number in order[len(of_window) - held :]:
             of_window[number] = "validation"
