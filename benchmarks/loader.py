@@ -2,9 +2,11 @@
 
     python benchmarks/loader.py
 
-Recipes `default` and `published` on drawn images, 256 px; steps (forward, loss, backward, update) of the small models.
-Both on one thread and by the seconds of CPU they cost, so that other work on the machine does not count. The last line
-is JSON: crops a second of each recipe, those each model uses, and their ratio.
+Every architecture with its own targets and loss: crops of 256 px of drawn images by the recipes `default` and
+`published`, and the step of `wsipipe train` (forward, loss, backward, update, average). Both on one thread and by the
+seconds of CPU they cost, so that other work on the machine does not count. The last line is JSON: for every model
+crops a second of a worker by recipe, crops a second that training uses up, and their ratios: above 1 the loader waits
+for the step.
 """
 
 import argparse
@@ -14,71 +16,70 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
-from wsipipe.model.registry import SPECS, build
 from wsipipe.training.augment import RECIPES
-from wsipipe.training.crops import MixedCrops, Source, start_worker
-from wsipipe.training.data import PatchSet
-from wsipipe.training.losses import CellVTALoss
+from wsipipe.training.batches import open_sets, training_batches, training_crops
+from wsipipe.training.config import TrainConfig
+from wsipipe.training.crops import start_worker
+from wsipipe.training.data import same_classes
+from wsipipe.training.loop import Learner
 from wsipipe.training.miniature import make_pannuke
+from wsipipe.training.network import spec_of
+from wsipipe.training.objectives import objective_of
 from wsipipe.training.sources.pannuke import prepare_pannuke
+from wsipipe.training.team import start_team
+
+MODELS = "cellvta-nano,cellvta-small,hovernet-fast,ciscnet,pointnu-net"
 
 
-def loader_rate(patches: PatchSet, recipe: str, crops: int, batch: int) -> float:
-    """Crops a second of CPU, put together to batches as a worker does."""
-    items = MixedCrops([Source(patches)], RECIPES[recipe], crops + batch, mpp=0.25, tissues=patches.tissues)
-    loader = iter(DataLoader(items, batch))
-    next(loader)
-    started = time.process_time()
-    seen = sum(len(part["image"]) for part in loader)
-    return seen / (time.process_time() - started)
-
-
-def step_rate(name: str, batch: int, steps: int) -> float:
-    """Crops that training uses up in a second of CPU, data there already."""
-    network, criterion = build(SPECS[name]), CellVTALoss(double_softmax=False)
-    optimizer = torch.optim.AdamW(network.parameters())
-    image = torch.randn(batch, 3, 256, 256)
-    target = {
-        "nuclei": torch.zeros(batch, 256, 256, dtype=torch.int64),
-        "offsets": torch.zeros(batch, 2, 256, 256),
-        "types": torch.zeros(batch, 256, 256, dtype=torch.int64),
-    }
-    spent = []
-    for _ in range(steps + 1):
+def rates(config: TrainConfig, crops: int, steps: int) -> dict[str, float]:
+    """Crops a second of CPU: those that a worker puts into batches by each recipe, and those that steps `use`."""
+    sets, team = open_sets(config), start_team(config.device)
+    spec = spec_of(config, same_classes(list(sets.values())))
+    objective = objective_of(spec, config)
+    found: dict[str, float] = {}
+    for recipe in RECIPES:
+        of_recipe = config.model_copy(update={"recipe": recipe})
+        drawn = training_crops(of_recipe, spec, sets, (), objective.targets)
+        batches = training_batches(of_recipe, drawn, 0, 1 + crops // config.batch_size, team)
+        first = next(batches)  # opens the files
         started = time.process_time()
-        optimizer.zero_grad()
-        criterion(network(image), target)[0].backward()
-        optimizer.step()
+        seen = sum(len(batch["image"]) for batch in batches)
+        found[recipe] = seen / (time.process_time() - started)
+
+    learner = Learner(config, spec, objective, torch.device("cpu"))
+    learner.join(team)
+    spent = []
+    for step in range(steps + 1):
+        started = time.process_time()
+        learner.step(iter([first]), step, config.learning_rate)
         spent.append(time.process_time() - started)
-    return batch / min(spent[1:])
+    return {**found, "use": config.batch_size / min(spent[1:])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="cellvta-nano,cellvta-small")
-    parser.add_argument("--crops", type=int, default=160)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--models", default=MODELS)
+    parser.add_argument("--crops", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1)
     options = parser.parse_args()
     start_worker(0)  # one thread, as in a worker
+    figures = {}
     with tempfile.TemporaryDirectory() as place:
         make_pannuke(Path(place) / "src", images=4)
-        patches = prepare_pannuke(Path(place) / "src", Path(place) / "set")
-        rates = {recipe: loader_rate(patches, recipe, options.crops, options.batch) for recipe in RECIPES}
-    for recipe, rate in rates.items():
-        print(f"recipe {recipe:12} {rate:8.1f} crops/s from one worker")
-    used = {}
-    for name in options.models.split(","):
-        used[name] = step_rate(name, options.batch, options.steps)
-        spare = ", ".join(f"{rate / used[name]:.1f} x by {recipe}" for recipe, rate in rates.items())
-        print(f"{name:19} {used[name]:8.1f} crops/s used by one thread; one worker gives {spare}")
-    ratios = {
-        name: {recipe: round(rate / rate_used, 2) for recipe, rate in rates.items()} for name, rate_used in used.items()
-    }
-    print(json.dumps({"crops_per_s": {k: round(v, 1) for k, v in rates.items()},
-                      "used_per_s": {k: round(v, 2) for k, v in used.items()}, "ratio": ratios}))  # fmt: skip
+        folder = prepare_pannuke(Path(place) / "src", Path(place) / "set").folder
+        for name in options.models.split(","):
+            config = TrainConfig(
+                model=name, data={folder: 1.0}, steps=1, batch_size=options.batch, workers=0, device="cpu",
+                precision="fp32",
+            )  # fmt: skip
+            found = rates(config, options.crops, options.steps)
+            ratios = {f"ratio_{recipe}": found[recipe] / found["use"] for recipe in RECIPES}
+            figures[name] = {key: round(value, 2) for key, value in {**found, **ratios}.items()}
+            made = ", ".join(f"{found[recipe]:.1f} by {recipe}" for recipe in RECIPES)
+            print(f"{name:14} uses {found['use']:6.2f} crops/s; one worker makes {made}", flush=True)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
