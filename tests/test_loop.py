@@ -234,6 +234,13 @@ def test_a_run_may_validate_every_few_epochs_and_is_saved_every_one(discs):
     assert schedule_of(both, 84) == Schedule(32, 10.5, 4, 9)
 
 
+@pytest.mark.parametrize("changes", [{"learning_rate": float("inf")}, {"weight": -1.0}, {"weight": 0.0}])
+def test_numbers_that_cannot_train_are_refused(discs, changes):
+    data = {discs: changes.pop("weight", 1.0)}
+    with pytest.raises(ValueError, match=r"finite|must not be negative"):
+        TrainConfig(data=data, steps=1, **changes)
+
+
 def test_steps_or_epochs_but_not_both(discs):
     with pytest.raises(ValueError, match="either steps or epochs"):
         TrainConfig(data={discs: 1.0})

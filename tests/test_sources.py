@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -416,6 +417,12 @@ def test_a_hole_of_a_nucleus_is_nucleus(tmp_path):
     write_qupath(src, NUCLEI, "b")
     patches = prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25)
     assert (patches.instances[0] == 1).sum() == 400
+
+
+@pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan")])
+def test_a_resolution_that_is_none_is_refused(mpp):
+    with pytest.raises(DataError, match="is no resolution of a patch"):
+        replace(ABOUT, mpp=mpp)
 
 
 def test_too_few_images_for_the_parts_asked_for_are_refused():

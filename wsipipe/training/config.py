@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 VARIANT_SETTINGS: dict[str, dict[str, Any]] = {"published": {}, "paper": {"variant": "paper"}}
 
 
-class TrainConfig(BaseModel, frozen=True, extra="forbid"):
+class TrainConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """One experiment. Everything in it is stored with the weights."""
 
     model: str = Field("cellvta-nano", description="name in the registry")
@@ -111,6 +111,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     def _says_how_long(self) -> "TrainConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        if min(self.data.values(), default=0) < 0 or not sum(self.data.values()):
+            raise ValueError("data: how often a set is drawn must not be negative, nor 0 for all")
         return self
 
 

@@ -44,6 +44,10 @@ class Description:
     published: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.mpp <= 100:  # NaN too
+            raise DataError(f"{self.mpp} µm per pixel is no resolution of a patch; give one such as 0.25")
+
     def as_json(self) -> dict[str, Any]:
         values: dict[str, Any] = {"format": FORMAT, "name": self.name, "mpp": self.mpp}
         values |= {"class_names": self.class_names, "source": self.source, "licence": self.licence}

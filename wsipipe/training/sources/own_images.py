@@ -106,4 +106,7 @@ def first_of(folder: Path, stem: str, endings: Sequence[str]) -> Path | None:
 
 def class_names_of(wanted: Sequence[str] | None, found: set[str]) -> tuple[str, ...]:
     """Background and the types: those asked for, or else all that were found, in the order of the alphabet."""
-    return ("background", *(sorted(found) if wanted is None else (name for name in wanted if name != "background")))
+    return (
+        "background",
+        *(sorted(found) if wanted is None else (name for name in dict.fromkeys(wanted) if name != "background")),
+    )
