@@ -162,6 +162,13 @@ def test_crowds_make_the_ratio_less_sure_than_as_many_nuclei_each_for_itself() -
     assert not replace(even, near=600, spread=0.2).shows
 
 
+def test_one_nucleus_elsewhere_and_none_near_a_seam_is_chance_and_a_thousand_are_not() -> None:
+    few = SeamFigures(near=0, elsewhere=1, near_mm2=1, elsewhere_mm2=1, seams=4)
+    assert few.density_ratio == 0
+    assert not few.shows
+    assert replace(few, elsewhere=1000).shows
+
+
 def test_a_slide_without_nuclei_has_figures_too() -> None:
     figures = SeamCheck(GRID, SIDE, WANTED, 64, whole(GRID)).figures()
     assert figures.near == 0

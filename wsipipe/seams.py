@@ -82,7 +82,10 @@ class SeamFigures:
     def density_ratio_sd(self) -> float | None:
         """By how much chance moves that ratio, be it that of single nuclei or that of the crowds they come in."""
         ratio = self.density_ratio
-        return None if ratio is None else max(self.spread, ratio * sqrt(1 / max(1, self.near) + 1 / self.elsewhere))
+        if ratio is None:
+            return None
+        of_one = self.elsewhere_mm2 / self.near_mm2 / self.elsewhere  # what one nucleus near a seam would make it
+        return max(self.spread, max(ratio, of_one) * sqrt(1 / max(1, self.near) + 1 / self.elsewhere))
 
     @property
     def shows(self) -> bool:
