@@ -18,7 +18,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import ColourOracle
 
-from wsipipe import cli, lease, store, summary, table
+from wsipipe import atomic, cli, lease, store, summary, table
 from wsipipe.model import registry
 from wsipipe.stages import export, report
 
@@ -65,7 +65,7 @@ def main() -> None:
     lease.visible_gpus = lambda: [lease.Gpu("cpu", name) for name in ("GPU-one", "GPU-two")]
     match sys.argv[1]:
         case "tissue":  # the mask is written and has not its name
-            after(store, "_to_disk", 2)
+            after(atomic, "to_disk", 2)
         case "maps":
             after(store.MapStore, "write_chunk", 3)
         case "nuclei":
