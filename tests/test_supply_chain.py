@@ -50,6 +50,17 @@ def test_shipped_weights_that_were_changed_are_not_loaded(tmp_path: Path, monkey
         load_model(weights.DEFAULT_MODEL)
 
 
+def test_every_shipped_model_is_whole_and_has_a_card_and_all_of_them_are_small() -> None:
+    shipped = weights.shipped_models()
+    assert sorted(shipped) == ["cellvta-nano", "cellvta-small"]
+    for name, path in shipped.items():
+        assert load_model(name)[1].name == name
+        card = path.with_suffix(".md").read_text(encoding="utf-8")
+        assert card.startswith(f"# {name}\n")
+        assert "not for diagnosis" in card
+    assert sum(path.stat().st_size for path in shipped.values()) < 60e6
+
+
 OFFLINE = """
 import importlib, pkgutil, sys
 from pathlib import Path
