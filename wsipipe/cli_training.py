@@ -1,4 +1,7 @@
-"""The commands around training: `data`, `evaluate`, `table`. As in `wsipipe.cli`, nothing heavy is imported here."""
+"""The commands around training: `data`, `train`, `evaluate`, `calibrate`, `table`.
+
+As in `wsipipe.cli`, nothing heavy is imported here.
+"""
 
 import json
 import logging
@@ -167,6 +170,20 @@ class ProtocolName(StrEnum):
     pannuke = "pannuke"
     conic = "conic"
     conic_corrected = "conic-corrected"
+
+
+def train(
+    experiment: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file of an experiment")],
+    run: Annotated[Path, typer.Argument(help="folder of the run; an interrupted one goes on")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting other than EXPERIMENT's; YAML")
+    ] = None,
+) -> None:
+    """Train a network as EXPERIMENT says; RUN/best.safetensors can be given to --model."""
+    from wsipipe.training.config import load_experiment, parse_changes
+    from wsipipe.training.loop import train as start
+
+    typer.echo(f"best weights: {start(load_experiment(experiment, parse_changes(changes or [])), run)}")
 
 
 def evaluate(
