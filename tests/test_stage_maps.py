@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -224,7 +223,10 @@ def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, 
     assert files(out) == files(undisturbed)
 
 
-def test_a_resumed_run_shows_the_network_the_batches_of_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_resumed_run_shows_the_network_the_batches_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsipipe.device.MOST_NETWORKS", 1)  # so that they come in their order
     seen: dict[str, list[bytes]] = {"undisturbed": [], "resumed": []}
 
     def recorder(name: str) -> Oracle:
@@ -234,7 +236,7 @@ def test_a_resumed_run_shows_the_network_the_batches_of_an_undisturbed_one(tmp_p
     with pytest.raises(RuntimeError):
         run(tmp_path / "b.zarr", Oracle(fail_at(5)), batch_size=3)
     run(tmp_path / "b.zarr", recorder("resumed"), batch_size=3)
-    assert not Counter(seen["resumed"]) - Counter(seen["undisturbed"])
+    assert seen["resumed"] == seen["undisturbed"][-len(seen["resumed"]) :]
     assert len(seen["resumed"]) < len(seen["undisturbed"])
 
 
@@ -370,8 +372,9 @@ def test_too_little_room_is_told_before_the_first_tile(tmp_path: Path, monkeypat
 
 
 def test_out_of_memory_halves_the_batch_and_changes_nothing(
-    tmp_path: Path, undisturbed: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, undisturbed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("wsipipe.device.MOST_NETWORKS", 1)  # as on a GPU
     sizes = []
 
     def before(_: int, x: torch.Tensor) -> None:
@@ -384,6 +387,25 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(
     assert sizes[:3] == [8, 4, 2]
     assert max(sizes[2:]) == 2
     assert "going on with batches of 2 tiles" in caplog.messages[-1]
+    assert files(tmp_path / "maps.zarr") == files(undisturbed)
+
+
+def test_batches_that_run_out_of_memory_together_halve_their_size_once(
+    tmp_path: Path, undisturbed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsipipe.device.usable_cpus", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    together, left = threading.Barrier(3), iter(range(3))
+
+    def before(_: int, x: torch.Tensor) -> None:
+        if next(left, None) is not None:
+            together.wait(30)
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path / "maps.zarr", Oracle(before))
+    assert [message.endswith("batches of 2 tiles") for message in caplog.messages] == [True] * 3
     assert files(tmp_path / "maps.zarr") == files(undisturbed)
 
 
