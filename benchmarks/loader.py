@@ -34,7 +34,7 @@ MODELS = "cellvta-nano,cellvta-small,hovernet-fast,ciscnet,pointnu-net"
 
 def rates(config: TrainConfig, crops: int, steps: int) -> dict[str, float]:
     """Crops a second of CPU: those that a worker puts into batches by each recipe, and those that steps `use`."""
-    sets, team = open_sets(config), start_team(config.device)
+    sets, team = open_sets(config), start_team(config)
     spec = spec_of(config, same_classes(list(sets.values())))
     objective = objective_of(spec, config)
     found: dict[str, float] = {}

@@ -3,8 +3,8 @@
 Usage: python benchmarks/memory.py [--side 4096] [--workers 4] [--model NAME|PATH]
 
 The slide is one of benchmarks/segment.py. `segment` runs with the tiles of the model and with small ones in batches of
-four, `nuclei` over its maps: each without a budget, with the least that it takes, as the
-refusal of a smaller one names it, and with something more. Every command runs in a process of its own. The last line is
+four, `nuclei` over its maps: each without a budget, with the least that it takes, as the refusal of a smaller one names
+it, and with something more. Every command runs in a process of its own. The last line is
 JSON: by command and budget `peak_mb`, whether that is `within` the budget, and `moved`, the share of nuclei that are
 not at the same place as in the run without.
 """
@@ -19,11 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
-from segment import TEXTURE, write_slide
+from segment import write_slide
 
-from wsipipe.demo import draw_tissue
 from wsipipe.memory import MB, parse_memory, shown
 
 MORE = 400 * MB
@@ -90,18 +88,17 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--model")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     arguments = parser.parse_args()
     model = ["--model", arguments.model] if arguments.model else []
     figures = {}
     with tempfile.TemporaryDirectory() as root:
         slide, maps = Path(root) / "slide.svs", Path(root) / "out-None"
-        write_slide(slide, arguments.side, np.ascontiguousarray(draw_tissue(2048)[512:][:TEXTURE, 512 : 512 + TEXTURE]))
-        for name in arguments.cases:
-            of_nuclei = CASES[name][0] == "nuclei"
+        write_slide(slide, arguments.side)
+        for name, case in CASES.items():
+            of_nuclei = case[0] == "nuclei"
             out = maps if of_nuclei else Path(root) / ("out" if name == "segment" else "small")
             more = ["--workers", str(arguments.workers), *([] if of_nuclei else model)]
-            figures[name] = measure(name, CASES[name], slide, out, more)
+            figures[name] = measure(name, case, slide, out, more)
     print(json.dumps(figures))
 
 

@@ -32,8 +32,9 @@ MPP = 0.25
 SMALLEST = 2048  # the slide that is all tissue
 
 
-def write_slide(path: Path, side: int, texture: npt.NDArray[np.uint8]) -> None:
+def write_slide(path: Path, side: int) -> None:
     """A square pyramid with a square of tissue of sqrt(side * 2048) px in its middle."""
+    texture = np.ascontiguousarray(draw_tissue(2048)[512 : 512 + TEXTURE, 512 : 512 + TEXTURE])
     tissue = round((side * SMALLEST) ** 0.5 / TEXTURE) * TEXTURE
     first = (side - tissue) // 2 // TEXTURE * TEXTURE
 
@@ -71,7 +72,7 @@ def write_slide(path: Path, side: int, texture: npt.NDArray[np.uint8]) -> None:
 
 def measure(side: int, model: str | None, folder: Path) -> dict[str, float]:
     slide, out = folder / f"{side}.svs", folder / f"results-{side}"
-    write_slide(slide, side, np.ascontiguousarray(draw_tissue(2048)[512 : 512 + TEXTURE, 512 : 512 + TEXTURE]))
+    write_slide(slide, side)
     command = [sys.executable, "-m", "wsipipe", "-q", "segment", str(slide), "-o", str(out)]
     started = time.perf_counter()
     subprocess.run([*command, *(["--model", model] if model else [])], check=True, stdout=subprocess.DEVNULL)

@@ -8,6 +8,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,7 +260,7 @@ def test_as_many_parameters_learn_as_in_the_published_run():
 def test_accumulated_batches_are_as_good_as_large_ones(discs, tmp_path):
     """Exactly so for a loss that is a mean over crops and a network without batch statistics; here, for the crops."""
     crops = training_crops(config(discs), SPECS["cellvta-nano"], {discs: PatchSet.open(discs)}, (), MAP_TARGETS)
-    team = start_team("cpu")
+    team = start_team(config(discs))
     large = list(training_batches(config(discs, batch_size=4), crops, 1, 3, team))
     small = list(training_batches(config(discs, batch_size=2, accumulate=2), crops, 1, 3, team))
     assert len(large) == 2
@@ -361,6 +362,13 @@ def test_training_starts_from_the_weights_of_a_vit(discs, tmp_path):
     save_file({**ours, "blocks.0.attn.qkv.weight": torch.zeros(2)}, tmp_path / "vit.safetensors")
     with pytest.raises(ModelError, match=r"blocks\.0\.attn\.qkv\.weight has shape \(2,\), expected \(192, 64\)"):
         train(config(discs, encoder=str(tmp_path / "vit.safetensors"), **frozen), tmp_path / "fourth")
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_run_has_a_folder(discs, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(num_processes=3))
+    with pytest.raises(ConfigError, match="a batch of 4 cannot be shared by 3 processes"):
+        train(config(discs, steps=1, batch_size=4), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_starts_as_the_equal_of_a_narrower_network(discs, tmp_path):

@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wsipipe.config import MapsConfig
 from wsipipe.errors import ConfigError
 from wsipipe.memory import (
     MB,
@@ -20,11 +21,13 @@ from wsipipe.memory import (
     parse_memory,
     shown,
 )
+from wsipipe.model.registry import SPECS
+from wsipipe.model.spec import tile_geometry
 from wsipipe.tiles import TileGeometry
 
 NEEDS = Needs(fixed=1000 * MB, tile=10 * MB, network_tile=100 * MB, read_tile=10 * MB, reader=20 * MB, worker=200 * MB)
 MOST = Choice(batch_size=4, networks=2, readers=2, workers=3)
-GEOMETRY = TileGeometry(1024, 64, 2)  # of the model that ships
+GEOMETRY = tile_geometry(SPECS["cellvta-nano"], MapsConfig())
 
 
 @pytest.mark.parametrize(

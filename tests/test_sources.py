@@ -469,10 +469,20 @@ def test_windows_cover_every_pixel_and_no_more(length, side):
 # --- check ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("published", [["images"], {"images": "many"}, {"types": {"dead": [2]}}])
+def test_published_counts_that_are_none_are_a_fault(pannuke, tmp_path, published):
+    prepare_pannuke(pannuke, tmp_path / "dst")
+    place = tmp_path / "dst/dataset.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "published": published}))
+    report, _ = check(tmp_path / "dst")
+    assert [fault for fault in report.faults if "published must hold numbers" in fault]
+
+
 def test_a_check_names_every_fault_at_once_and_draws_the_rest(pannuke, tmp_path):
     patches = prepare_pannuke(pannuke, tmp_path / "dst")
-    draw_sheet(patches, tmp_path / "sheet.png")
-    assert cv2.imread(str(tmp_path / "sheet.png")).std() > 20
+    for name in ("sheet.png", "sheet"):
+        draw_sheet(patches, tmp_path / name)
+        assert cv2.imread(str(tmp_path / name)).std() > 20
     types, instances = np.load(tmp_path / "dst/types.npy"), np.load(tmp_path / "dst/instances.npy").astype(np.int32)
     types[1][instances[1] > 0] = 77
     types[2][instances[2] > 0] = 0

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from shrunk_models import shrunk
 from torch import nn
 
 from wsipipe.errors import ConfigError
@@ -23,9 +24,9 @@ def trained_like(seed: int) -> nn.Module:
     network = build(NARROW)
     for name, value in network.state_dict().items():
         if value.is_floating_point():
-            value.add_(torch.randn_like(value) * 0.1).abs_() if "var" in name else value.add_(
-                torch.randn_like(value) * 0.1
-            )
+            value.add_(torch.randn_like(value) * 0.1)
+            if "var" in name:
+                value.abs_()
     return network
 
 
@@ -68,3 +69,12 @@ def test_refuses_what_is_no_multiple_or_another_network() -> None:
     deeper = replace(WIDE, settings={**WIDE.settings, "depth": 5, "stages": [[0, 0], [1, 1], [2, 2], [3, 4]]})
     with pytest.raises(ConfigError, match="same layers"):
         widen(trained_like(1), build(deeper))
+    for heads in ("heads", "attention_heads"):
+        with pytest.raises(ConfigError, match="heads and cannot be widened"):
+            widen(trained_like(1), build(replace(WIDE, settings={**WIDE.settings, heads: 8})))
+
+
+def test_refuses_a_vit_whose_attention_knows_more_than_queries_and_keys() -> None:
+    sam = shrunk("cellvta-sam-b")
+    with pytest.raises(ConfigError, match="round a plain ViT"):
+        widen(build(sam), build(sam))

@@ -32,8 +32,8 @@ def footprint(
 ) -> Footprint:
     """What `prepare_for_inference` of a network and its answer to a tile take.
 
-    The network answers once on its device, which thereby loads all that it works with. A device other than the CPU has
-    memory of its own, and nothing is counted.
+    The network answers once on its device, which thereby loads all that it works with. CUDA has memory of its own, of
+    which nothing is counted.
     """
     prepared = prepare_for_inference(network, device, dtype)
     step, offset = spec.tile_step

@@ -65,18 +65,34 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _small(name: str, tile_px: int, halo_px: int, *, mpp: float = 0.25, cell_px: int = 1, **settings: Any) -> ModelSpec:
-    """A CellVTA that is trained from scratch and runs on CPUs."""
+def _small(
+    name: str, *, dim: int, prior_width: int, decoder_widths: list[int], halo_px: int, mpp: float = 0.25
+) -> ModelSpec:
+    """A CellVTA that is trained from scratch and runs on CPUs: four ViT blocks, on cells of 2 x 2 px."""
+    cell_px = 2
     return ModelSpec(
         name=name,
         architecture="cellvta",
-        settings={"layer_scale": None, "gamma": 0.1, "drop_path": 0.0, "cell_px": cell_px, **settings},
+        settings={
+            "dim": dim,
+            "depth": 4,
+            "heads": 4,
+            "layer_scale": None,
+            "stages": [[0, 0], [1, 1], [2, 2], [3, 3]],
+            "prior_width": prior_width,
+            "attention_heads": 4,
+            "extra_extractors": 0,
+            "drop_path": 0.0,
+            "gamma": 0.1,
+            "decoder_widths": decoder_widths,
+            "cell_px": cell_px,
+        },
         mpp=mpp,
-        tile_px=tile_px,
+        tile_px=1024,
         halo_px=halo_px,
         tile_step=(16 * cell_px, 0),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        mean=HALF,
+        std=HALF,
         class_names=CONSEP_CLASSES,
         class_colours=CONSEP_COLOURS,
         source="architecture arXiv 2504.00784 at small widths; no weights of others",
@@ -285,35 +301,8 @@ SPECS: dict[str, ModelSpec] = {
     for spec in (
         *_family(),
         *_convolutional(),
-        _small(
-            "cellvta-nano",
-            1024,
-            56,
-            cell_px=2,
-            dim=64,
-            depth=4,
-            heads=4,
-            stages=[[0, 0], [1, 1], [2, 2], [3, 3]],
-            prior_width=16,
-            attention_heads=4,
-            extra_extractors=0,
-            decoder_widths=[16, 32, 64, 96],
-        ),
-        _small(
-            "cellvta-small",
-            1024,
-            64,
-            mpp=0.21,
-            cell_px=2,
-            dim=128,
-            depth=4,
-            heads=4,
-            stages=[[0, 0], [1, 1], [2, 2], [3, 3]],
-            prior_width=32,
-            attention_heads=4,
-            extra_extractors=0,
-            decoder_widths=[32, 64, 128, 192],
-        ),
+        _small("cellvta-nano", dim=64, prior_width=16, decoder_widths=[16, 32, 64, 96], halo_px=56),
+        _small("cellvta-small", dim=128, prior_width=32, decoder_widths=[32, 64, 128, 192], halo_px=64, mpp=0.21),
     )
 }
 

@@ -53,15 +53,7 @@ def training_crops(
 
 
 def training_batches(config: TrainConfig, crops: MixedCrops, step: int, steps: int, team: Any) -> Iterator[Item]:
-    """This process's part of every batch from `step` to the end, `accumulate` batches a step.
-
-    Raises
-    ------
-    ConfigError
-        If a batch cannot be shared by as many processes.
-    """
-    if config.batch_size % team.num_processes:
-        raise ConfigError(f"a batch of {config.batch_size} cannot be shared by {team.num_processes} processes")
+    """This process's part of every batch from `step` to the end, `accumulate` batches a step."""
     parts = (step * config.accumulate, steps * config.accumulate)
     share = Share(*parts, config.batch_size, team.process_index, team.num_processes)
     return iter(

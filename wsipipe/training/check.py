@@ -58,7 +58,10 @@ def check(folder: Path) -> tuple[Report, PatchSet | None]:
         doubts.append(f"{len(shared)} groups are in several splits, e.g. {shared[0]}: scores on them flatter")
     counts = count(patches)
     published = json.loads((folder / "dataset.json").read_text(encoding="utf-8")).get("published", {})
-    doubts += differences(counts, published)
+    try:
+        doubts += differences(counts, published)
+    except (AttributeError, TypeError, ValueError):  # somebody wrote it by hand
+        faults.append(f"{folder / 'dataset.json'}: published must hold numbers by name, as counts does above")
     return Report(tuple(faults), tuple(doubts), counts), patches
 
 
@@ -128,7 +131,7 @@ def _type_faults(types: Array, instances: Array, names: tuple[str, ...], where: 
 
 
 def draw_sheet(patches: PatchSet, path: Path) -> None:
-    """A contact sheet: patches of all splits in turn, their nuclei outlined in the colours of their types."""
+    """A contact sheet, a PNG whatever its name: patches of all splits in turn, nuclei in the colours of their types."""
     numbers = np.unique(np.linspace(0, len(patches) - 1, SHEET_COLUMNS * SHEET_ROWS).round().astype(int)).tolist()
     rows = -(-len(numbers) // SHEET_COLUMNS)
     sheet = np.full((rows * (THUMB_PX + 4), SHEET_COLUMNS * (THUMB_PX + 4), 3), 255, np.uint8)
@@ -137,7 +140,7 @@ def draw_sheet(patches: PatchSet, path: Path) -> None:
         types = None if patches.types is None else patches.types[number]
         sheet[y : y + THUMB_PX, x : x + THUMB_PX] = outlined(patches.images[number], patches.instances[number], types)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    Image.fromarray(sheet).save(path, format="PNG")
 
 
 def outlined(image: Array, instances: Array, types: Array | None, side: int = THUMB_PX) -> Array:

@@ -55,7 +55,7 @@ def train(config: TrainConfig, run: Path) -> Path:
     StoreError
         If `run` holds a run with other settings or data.
     """
-    team = start_team(config.device)
+    team = start_team(config)
     sets = open_sets(config)
     tissues = tuple(sorted({tissue for patches in sets.values() for tissue in patches.tissues}))
     spec = spec_of(config, same_classes(list(sets.values())), tissues)

@@ -11,18 +11,19 @@ from torch import nn
 
 from wsipipe.device import choose_device
 from wsipipe.errors import ConfigError
+from wsipipe.training.config import TrainConfig
 
 T = TypeVar("T")
 VALIDATION = timedelta(hours=4)  # how long a process may wait while the first one validates
 
 
-def start_team(device: str) -> Any:
-    """The processes of this run, as accelerate's `Accelerator`.
+def start_team(config: TrainConfig) -> Any:
+    """The processes of a run, as accelerate's `Accelerator`.
 
     Raises
     ------
     ConfigError
-        If accelerate is not installed.
+        If accelerate is not installed, or so many processes cannot share a batch.
     """
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -34,7 +35,10 @@ def start_team(device: str) -> Any:
         DistributedDataParallelKwargs(find_unused_parameters=True),  # what is frozen or has no loss gets no gradient
         InitProcessGroupKwargs(timeout=VALIDATION),
     ]
-    return Accelerator(cpu=choose_device(device).type == "cpu", kwargs_handlers=handlers)
+    team = Accelerator(cpu=choose_device(config.device).type == "cpu", kwargs_handlers=handlers)
+    if config.batch_size % team.num_processes:
+        raise ConfigError(f"a batch of {config.batch_size} cannot be shared by {team.num_processes} processes")
+    return team
 
 
 def shared_network(network: nn.Module, team: Any) -> nn.Module:

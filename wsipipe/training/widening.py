@@ -10,6 +10,8 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from wsipipe.errors import ConfigError
+from wsipipe.model.attention import DeformableAttention
+from wsipipe.model.encoder import Encoder, PlainViT
 
 _SHARES = (0.2, 0.8)  # of the first of two copies
 
@@ -17,12 +19,14 @@ _SHARES = (0.2, 0.8)  # of the first of two copies
 def widen(narrow: nn.Module, wide: nn.Module, seed: int = 0) -> None:
     """Give `wide` the weights that make it answer as `narrow` does.
 
-    Both are of one architecture; every width of `wide` is a multiple of that of `narrow`, and its heads are as many.
+    Both are of one architecture, round a plain ViT if they have one; every width of `wide` is a multiple of that of
+    `narrow`, and its heads are as many. `seed` is of the shares.
 
     Raises
     ------
     ConfigError
-        If a tensor of one has no counterpart in the other, or a width is no multiple.
+        If a layer of one has no counterpart in the other, a width is no multiple, the heads differ, or the ViT is one
+        whose attention knows more than queries and keys.
     """
     found, own = narrow.state_dict(), wide.state_dict()
     if missing := sorted(found.keys() ^ own.keys()):
@@ -34,14 +38,26 @@ def widen(narrow: nn.Module, wide: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     made = {name: _copied(found[name].cpu(), new) for name, new in own.items()}
     for prefix, module in wide.named_modules():
+        _require_widenable(prefix, module, narrow.get_submodule(prefix))
         reads = _input_axis(module)
         name = f"{prefix}.weight"
         if reads is not None and made[name].shape[reads] != found[name].shape[reads]:
             copies = made[name].shape[reads] // found[name].shape[reads]
             made[name] = made[name] * _shares(made[name], reads, copies, generator)
         if isinstance(module, Attention):
-            _keep_logits(module, prefix, made, wide=own, narrow=found)
+            # A head of r times the channels sums r times as much, and divides by a root that is sqrt(r) times as long.
+            width, before = own[f"{prefix}.qkv.weight"].shape[1], found[f"{prefix}.qkv.weight"].shape[1]
+            for queries in (values[:width] for key, values in made.items() if key.startswith(f"{prefix}.qkv.")):
+                queries *= (width / before) ** -0.5
     wide.load_state_dict(made)
+
+
+def _require_widenable(name: str, wide: nn.Module, narrow: nn.Module) -> None:
+    for kind, heads in ((Attention, "num_heads"), (DeformableAttention, "heads")):
+        if isinstance(wide, kind) and getattr(wide, heads) != getattr(narrow, heads):
+            raise ConfigError(f"{name} has {getattr(narrow, heads)} heads and cannot be widened to another number")
+    if isinstance(wide, Encoder) and not (isinstance(wide, PlainViT) and wide.rope is None):
+        raise ConfigError("only networks round a plain ViT can be widened, not one with relative or rotary positions")
 
 
 def _copied(old: Tensor, new: Tensor) -> Tensor:
@@ -67,15 +83,3 @@ def _shares(weights: Tensor, axis: int, copies: int, generator: torch.Generator)
         rows.shape[0] // copies, copies, *rows.shape[1:], generator=generator, dtype=weights.dtype
     )
     return (drawn / drawn.sum(1, keepdim=True)).flatten(0, 1).movedim(0, axis)
-
-
-def _keep_logits(
-    module: Attention, prefix: str, made: dict[str, Tensor], *, wide: dict[str, Tensor], narrow: dict[str, Tensor]
-) -> None:
-    """A head of r times the channels sums r times as much, and divides by a root that is sqrt(r) times as long."""
-    name = f"{prefix}.qkv.weight"
-    ratio = wide[name].shape[0] / narrow[name].shape[0]
-    queries = wide[name].shape[0] // 3
-    for part in ("weight", "bias"):
-        if f"{prefix}.qkv.{part}" in made:
-            made[f"{prefix}.qkv.{part}"][:queries] *= ratio**-0.5
