@@ -110,6 +110,7 @@ def _empty(folder: Path) -> Path:
     [
         (lambda folder: folder / "absent.svs", "no such file"),
         (lambda folder: folder, "is a folder"),
+        (lambda folder: "", "no slide is named"),
         (_empty, "is empty"),
         (_text_as_svs, "text.svs"),
     ],
@@ -266,6 +267,14 @@ def test_the_demo_slide_can_be_had_alone(tmp_path, capfd, monkeypatch):
     code, said, _ = wsipipe(capfd, "demo", "--out", tmp_path / "demo", "--slide-only")
     assert (code, said) == (0, "")
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["demo.svs"]
+
+
+def test_the_demo_needs_a_folder_not_a_file(tmp_path, capfd):
+    (tmp_path / "file").touch()
+    code, _, err = wsipipe(capfd, "demo", "--out", tmp_path / "file")
+    assert code == 1
+    assert one_sentence(err)
+    assert "choose another folder with --out" in err
 
 
 def test_the_nuclei_of_one_slide_can_be_found_by_a_dask_cluster(tiny, oracle, tmp_path, capfd):

@@ -98,9 +98,10 @@ def demo(
 ) -> None:
     """Make a small slide of real tissue, without a network, and segment it."""
     from wsipipe.demo import make_demo_slide
+    from wsipipe.folder import ResultFolder
 
     path = out / "demo.svs"
-    out.mkdir(parents=True, exist_ok=True)
+    ResultFolder(out).prepare()
     if not path.exists():
         make_demo_slide(path)
     if not slide_only:

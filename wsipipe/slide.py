@@ -213,6 +213,8 @@ def open_slide(path: str | Path, mpp: float | None = None, *, skips_unread: bool
     """
     if mpp is not None and not GIVEN_MPP[0] <= mpp <= GIVEN_MPP[1]:
         raise SlideError(f"--mpp {mpp} is no resolution of a slide; give µm per pixel, e.g. --mpp 0.25 for a 40x scan")
+    if not str(path).strip():
+        raise SlideError("no slide is named; give the path of a slide file")
     if "://" not in str(path):
         file = Path(path)
         if file.is_dir():
