@@ -26,7 +26,7 @@ from wsipipe.geojson import write_geojson
 from wsipipe.geometry import Box
 from wsipipe.metrics import aggregated_jaccard, dice, panoptic_quality
 from wsipipe.stages import compare as stage
-from wsipipe.stages.compare import make_comparison, mask_outlines, read_features
+from wsipipe.stages.compare import make_comparison, mask_outlines, read_features, read_nuclei_file
 from wsipipe.table import NucleiSpool
 from wsipipe.training.scores import TypedNuclei, score_image
 
@@ -183,12 +183,37 @@ def test_any_geoparquet_of_outlines_will_do(tmp_path: Path) -> None:
     assert list(scores) == ["all"]
 
 
+def ring(x: float, side: float = 10) -> dict[str, Any]:
+    corners = [[x, 0], [x + side, 0], [x + side, side], [x, side], [x, 0]]
+    return {"type": "Polygon", "coordinates": [corners]}
+
+
+def drawn(path: Path, *objects: dict[str, Any]) -> Path:
+    """A GeoJSON file of these objects."""
+    features = [{"type": "Feature", "properties": {}, **one} for one in objects]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
 def test_an_outline_that_crosses_itself_is_mended(tmp_path: Path) -> None:
     bow_tie = {"type": "Polygon", "coordinates": [[[0, 0], [10, 10], [10, 0], [0, 10], [0, 0]]]}
     collection = {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": bow_tie, "properties": {}}]}
     (tmp_path / "a.geojson").write_text(json.dumps(collection))
     scores, _ = make_comparison(tmp_path / "a.geojson", tmp_path / "a.geojson", tmp_path / "scores", mpp=0.25)
     assert scores["all"].pq == pytest.approx(1, abs=1e-5)
+
+
+def test_of_the_objects_of_qupath_the_nuclei_are_read_with_their_classes(tmp_path: Path) -> None:
+    classes: list[Any] = [
+        {"name": "Tumor"}, {"names": ["Tumor", "Positive"]}, {"name": None}, {}, None, "Stroma", {"name": "Region*"},
+        {"name": "region"}, {"name": "Regional"},
+    ]  # fmt: skip
+    objects = [{"geometry": ring(20 * i), "properties": {"classification": kind}} for i, kind in enumerate(classes)]
+    cell = {"geometry": ring(300, 30), "nucleusGeometry": ring(310), "properties": {"objectType": "cell"}}
+    area = {"geometry": {"type": "LineString", "coordinates": [[0, 0], [9, 9]]}, "properties": objects[6]["properties"]}
+    nuclei = read_nuclei_file(drawn(tmp_path / "a.geojson", *objects, cell, area)).nuclei
+    assert nuclei.types.tolist() == ["Tumor", "Tumor Positive", "", "", "", "Stroma", "Regional", ""]
+    assert shapely.bounds(nuclei.outlines[-1]).tolist() == [310, 0, 320, 10]
 
 
 def test_files_that_cannot_be_compared_are_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from wsipipe.atomic import finished
 from wsipipe.comparison import OutlinedNuclei, Scores, compare, to_table
 from wsipipe.errors import ConfigError, DataError, StoreError, WsipipeError, one_line
 from wsipipe.folder import record_of, write_record
+from wsipipe.objects import class_of, is_region, outline_of
 from wsipipe.outlines import trace_outlines
 from wsipipe.rings import closed_rings
 from wsipipe.slide import GIVEN_MPP
@@ -56,9 +57,10 @@ def make_comparison(
     Parameters
     ----------
     true, found : Path
-        nuclei.parquet or another GeoParquet of outlines; .geojson(.gz) of outlines; or an image (PNG, TIFF, NPY) whose
-        pixels are those of level 0 and hold the number of their nucleus, 0 for none. Beside a mask, `<name>.csv` or
-        `../types/<name>.csv` with the columns id and type tells the types.
+        nuclei.parquet or another GeoParquet of outlines; .geojson(.gz) of outlines, of QuPath's cells the nuclei,
+        without objects of the class `Region*`; or an image (PNG, TIFF, NPY) whose pixels are those of level 0 and hold
+        the number of their nucleus, 0 for none. Beside a mask, `<name>.csv` or `../types/<name>.csv` with the columns
+        id and type tells the types.
     mpp : float, optional
         µm per level-0 px, where no file tells it: the centres of a pair are no farther apart than `RADIUS_UM`.
     at : (int, int)
@@ -169,10 +171,9 @@ def _read_geojson(path: Path) -> NucleiFile:
         else path.open(encoding="utf-8-sig") as file
     ):
         for feature in read_features(file, told):
-            outlines.append(shapely.geometry.shape(feature["geometry"]))
-            properties = feature.get("properties") or {}
-            kind = properties.get("classification") or {}
-            types.append(str(kind.get("name", "") if isinstance(kind, dict) else kind))
+            if not is_region(name := class_of(feature)):
+                outlines.append(outline_of(feature))
+                types.append(name)
     ours = told.get("wsipipe") or {}
     polygons = np.array(outlines, object)
     if any(ours.get("offset_px0", ())):

@@ -1,0 +1,25 @@
+"""QuPath's objects, as the features of its GeoJSON hold them: what they outline, and their class."""
+
+from typing import Any
+
+import shapely
+
+REGION = "region*"  # QuPath's own class for areas to look into; QuPath writes the star
+
+
+def outline_of(feature: dict[str, Any]) -> shapely.Geometry:
+    """What an object outlines; of a cell its nucleus, not its border, where it has one."""
+    return shapely.geometry.shape(feature.get("nucleusGeometry") or feature["geometry"])
+
+
+def class_of(feature: dict[str, Any]) -> str:
+    """The class of an object, the parts of a derived class joined by blanks; empty where it has none."""
+    kind = (feature.get("properties") or {}).get("classification") or ""
+    if isinstance(kind, dict):
+        return str(kind.get("name") or " ".join(kind.get("names") or ()))
+    return str(kind)
+
+
+def is_region(name: str) -> bool:
+    """Whether objects of this class are areas to look into, no nuclei."""
+    return name.lower() in (REGION, REGION.rstrip("*"))
