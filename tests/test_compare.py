@@ -259,6 +259,45 @@ def test_what_is_compared_is_not_overwritten_and_an_earlier_comparison_is(tmp_pa
         make_comparison(truth, ours, tmp_path / "scores")
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a.md": "notes of mine"},
+        {"a.json": '{"wsipipe": "0.1.0", "scores": {"strict": {}}}', "a.md": "of another command"},
+        {"a.json": '{"wsipipe": "0.1.0", "true": "", "found": "", "scores": {}}'},
+        {"a.json": '["true", "found", "radius_um", "scores"]'},
+    ],
+)
+def test_what_is_no_comparison_is_not_overwritten(tmp_path: Path, files: dict[str, str]) -> None:
+    ours = table(tmp_path, "nuclei")
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=r"a\.(md|json) is there and no comparison; give another name"):
+        make_comparison(ours, ours, tmp_path / "a")
+    assert {path.name: path.read_text() for path in tmp_path.glob("a.*")} == files
+
+
+@pytest.mark.parametrize("ending", ["json", "md"])
+def test_a_comparison_that_is_stopped_between_its_files_can_be_made_again(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = table(tmp_path, "nuclei")
+    named = Path.replace
+
+    def stopped(partial: Path, path: Path) -> Path:
+        if path.name == f"scores.{ending}":
+            raise KeyboardInterrupt
+        return named(partial, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            make_comparison(ours, ours, tmp_path / "scores")
+    make_comparison(ours, ours, tmp_path / "scores")
+    assert (tmp_path / "scores.json").exists()
+    assert (tmp_path / "scores.md").exists()
+
+
 def test_the_command_shows_the_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = table(tmp_path, "nuclei")
     with pytest.raises(SystemExit) as stop:

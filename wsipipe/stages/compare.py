@@ -75,7 +75,7 @@ def make_comparison(
     ------
     WsipipeError
         If a file is missing, of another kind, or of another slide, if mpp is not known or no slide's, or if
-        `<out>.json` is there and no comparison.
+        `<out>.json` or `<out>.md` is there and no comparison's.
     """
     started = time.monotonic()
     if mpp is not None and not GIVEN_MPP[0] <= mpp <= GIVEN_MPP[1]:
@@ -93,8 +93,6 @@ def make_comparison(
             files = [_within(other, file.at, file.size) for other in files]
     scores = compare(files[0].nuclei, files[1].nuclei, RADIUS_UM / mpp)
     table = to_table(scores)
-    with finished(out.with_name(out.name + ".md")) as partial:
-        partial.write_text(f"`{found}` against `{true}`\n\n{table}", encoding="utf-8")
     told = {
         name: {key: None if value != value else value for key, value in asdict(of).items()}
         for name, of in scores.items()
@@ -103,6 +101,8 @@ def make_comparison(
     write_record(
         out, true=str(true), found=str(found), mpp=mpp, radius_um=RADIUS_UM, scores=told, seconds=round(seconds, 3)
     )
+    with finished(_shown(out)) as partial:
+        partial.write_text(f"`{found}` against `{true}`\n\n{table}", encoding="utf-8")
     log.info("compared %d nuclei with %d in %.1f s", scores["all"].found, scores["all"].true, seconds)
     return scores, table
 
@@ -113,13 +113,25 @@ def _require_free(out: Path) -> None:
         raise ConfigError("the results of a comparison need a name; give one with --out")
     record = record_of(out)
     if record.exists():
-        try:
-            with record.open("rb") as file:
-                ours = "scores" in json.loads(file.read(PIECE))
-        except (OSError, ValueError, TypeError, RecursionError):
-            ours = False
-        if not ours:
-            raise ConfigError(f"{record} is there and no comparison; give another name with --out")
+        foreign = None if _is_comparison(record) else record
+    else:  # the record is written first: without it, no comparison wrote the table
+        foreign = _shown(out) if _shown(out).exists() else None
+    if foreign is not None:
+        raise ConfigError(f"{foreign} is there and no comparison; give another name with --out")
+
+
+def _shown(out: Path) -> Path:
+    """`<out>.md`, the table beside the record."""
+    return out.with_name(out.name + ".md")
+
+
+def _is_comparison(record: Path) -> bool:
+    try:
+        with record.open("rb") as file:
+            told = json.loads(file.read(PIECE))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(told, dict) and {"true", "found", "radius_um", "scores"} <= told.keys()
 
 
 def read_nuclei_file(path: Path, at: tuple[int, int] = (0, 0)) -> NucleiFile:
