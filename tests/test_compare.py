@@ -216,6 +216,34 @@ def test_of_the_objects_of_qupath_the_nuclei_are_read_with_their_classes(tmp_pat
     assert shapely.bounds(nuclei.outlines[-1]).tolist() == [310, 0, 320, 10]
 
 
+def painted(folder: Path, types: str) -> Path:
+    """A mask of the nuclei 1, 2 and 7, and its table of types."""
+    Image.fromarray(np.repeat(np.array([[0, 1, 2, 7]], np.uint8), 4, axis=0)).save(folder / "mask.png")
+    (folder / "mask.csv").write_text(types, encoding="utf-8-sig")
+    return folder / "mask.png"
+
+
+def test_the_types_of_a_mask_may_hold_blanks_commas_and_quotes(tmp_path: Path) -> None:
+    path = painted(tmp_path, 'id,type\n1,plasma cell\n\n7,"round, ""large"""\n9,"lost"\n')
+    assert read_nuclei_file(path).nuclei.types.tolist() == ["plasma cell", "", 'round, "large"']
+
+
+@pytest.mark.parametrize(
+    ("types", "why"),
+    [
+        ("", "does not begin with the columns id,type"),
+        ("id;type\n1;round\n", "does not begin with the columns id,type"),
+        ("id,type\n1\n", "line 2"),
+        ("id,type\n1,round\none,round\n", "line 3"),
+        ("id,type\n1,round\n1,long\n", "1 repeats"),
+    ],
+)
+def test_a_table_of_types_that_cannot_be_read_is_named(tmp_path: Path, types: str, why: str) -> None:
+    with pytest.raises(DataError, match=why) as refusal:
+        read_nuclei_file(painted(tmp_path, types))
+    assert str(tmp_path / "mask.csv") in str(refusal.value)
+
+
 def test_files_that_cannot_be_compared_are_refused_with_the_remedy(tmp_path: Path) -> None:
     ours = table(tmp_path, "nuclei")
     points = write_geojson(ours, tmp_path / "points.geojson", form="centroids").files[0]

@@ -1,5 +1,6 @@
 """How well two sets of nuclei agree: tables, GeoJSON or painted masks, in any combination."""
 
+import csv
 import gzip
 import json
 import logging
@@ -302,12 +303,27 @@ def _pixels_of(labels: npt.NDArray[np.int32], ids: npt.NDArray[np.int64]) -> lis
 def _mask_types(path: Path, ids: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
     for place in (path.with_suffix(".csv"), path.parent.parent / "types" / f"{path.stem}.csv"):
         if place.exists():
-            lines = [line.split(",") for line in place.read_text(encoding="utf-8-sig").split()]
-            if lines[:1] != [["id", "type"]]:
-                raise DataError(f"{place} does not begin with the columns id,type")
-            types = dict(lines[1:])
-            return np.array([types.get(str(i), "") for i in ids], str)
+            types = _type_table(place)
+            return np.array([types.get(i, "") for i in ids.tolist()], str)
     return np.full(ids.size, "")
+
+
+def _type_table(path: Path) -> dict[int, str]:
+    types: dict[int, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"id", "type"} <= set(rows.fieldnames or ()):
+                raise DataError(f"{path} does not begin with the columns id,type")
+            for row in rows:
+                if not (row["id"] or "").strip().isdecimal() or row["type"] is None:
+                    raise DataError(f"{path}, line {rows.line_num}, is not the number of a nucleus and its type")
+                if (number := int(row["id"])) in types:
+                    raise DataError(f"{path}: the id {number} repeats; give each nucleus one type")
+                types[number] = row["type"]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as a table of id and type: {one_line(error)}") from error
+    return types
 
 
 def _outlined(path: Path, outlines: npt.NDArray[np.object_], types: npt.NDArray[np.str_]) -> OutlinedNuclei:
