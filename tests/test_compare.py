@@ -24,7 +24,7 @@ from wsipipe.comparison import OutlinedNuclei, compare, pair_within, to_table
 from wsipipe.errors import ConfigError, DataError, StoreError
 from wsipipe.geojson import write_geojson
 from wsipipe.geometry import Box
-from wsipipe.metrics import aggregated_jaccard, dice, panoptic_quality
+from wsipipe.metrics import UNKNOWN_TYPE, aggregated_jaccard, dice, panoptic_quality
 from wsipipe.stages import compare as stage
 from wsipipe.stages.compare import make_comparison, mask_outlines, read_features, read_nuclei_file
 from wsipipe.table import NucleiSpool
@@ -110,6 +110,21 @@ def test_a_nucleus_found_twice_pairs_once() -> None:
 def test_types_of_one_side_alone_score_nothing() -> None:
     labels = crowd((100, 100), 30, 1)
     assert list(compare(outlined(labels, ["a"] * labels.max()), outlined(labels), 12)) == ["all"]
+
+
+def test_what_is_found_on_a_true_nucleus_of_unknown_type_is_no_false_alarm_of_any_type() -> None:
+    labels = crowd((160, 190), 27, 5)
+    found = moved(labels, 5)
+    kinds = [np.arange(1, labels.max() + 1) % 3, np.arange(1, found.max() + 1) % 2 + 1]
+    kinds[0][kinds[0] == 0] = UNKNOWN_TYPE
+    names = {1: "t1", 2: "t2", UNKNOWN_TYPE: ""}
+    of = compare(outlined(labels, [names[k] for k in kinds[0]]), outlined(found, [names[k] for k in kinds[1]]), 12)
+    by_type = score_image(TypedNuclei(labels, kinds[0]), TypedNuclei(found, kinds[1]), 3, 12).type_quality
+    for k in (1, 2):
+        assert (of[f"t{k}"].dq, of[f"t{k}"].sq, of[f"t{k}"].pq) == pytest.approx(tuple(by_type[:, k - 1]), abs=1e-9)
+    of = compare(outlined(labels, ["a", *[""] * (labels.max() - 1)]), outlined(labels, ["a"] * labels.max()), 12)
+    assert (of["a"].pq, of["a"].f1, of["a"].aji, of["a"].dice) == pytest.approx((1, 1, 1, 1), abs=1e-5)
+    assert (of["a"].true, of["a"].found) == (1, 1)
 
 
 def test_outlines_of_a_mask_have_the_area_of_its_pixels_whatever_their_shape() -> None:

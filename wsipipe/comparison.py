@@ -85,9 +85,9 @@ def compare(true: OutlinedNuclei, found: OutlinedNuclei, radius_px0: float) -> d
     -----
     Nuclei pair one to one if their IoU is above 0.5 (Kirillov et al. 2019, doi:10.1109/CVPR.2019.00963); of outlines
     that overlap within a set, as of a nucleus found twice, only the best pairs. The PQ of a type is that of the nuclei
-    of this type alone. AJI: Kumar et al. 2017, doi:10.1109/TMI.2017.2677499. Centres pair such that there are as many
-    pairs as can be, and of these the closest. Types without nuclei in either set are left out; so are all, where one
-    set has no types.
+    of this type alone, without those found on a true nucleus of unknown type, which no score by type counts. AJI:
+    Kumar et al. 2017, doi:10.1109/TMI.2017.2677499. Centres pair such that there are as many pairs as can be, and of
+    these the closest. Types without nuclei in either set are left out; so are all, where one set has no types.
     """
     overlaps = find_overlaps(true.outlines, found.outlines)
     true_at, found_at = (shapely.get_coordinates(shapely.centroid(nuclei.outlines)) for nuclei in (true, found))
@@ -99,9 +99,12 @@ def compare(true: OutlinedNuclei, found: OutlinedNuclei, radius_px0: float) -> d
         return scores
     numbers = {name: number for number, name in enumerate(names)} | {"": UNKNOWN_TYPE}
     kinds = [np.array([numbers[name] for name in nuclei.types.tolist()], np.int64) for nuclei in (true, found)]
+    on_true, on_found, _ = _one_to_one(*overlaps.matches(0.5))
+    judged = np.ones(len(found_at), bool)
+    judged[on_found[kinds[0][on_true] == UNKNOWN_TYPE]] = False
     paired = np.column_stack([kinds[0][pairs[:, 0]], kinds[1][pairs[:, 1]]])
     for number, name in enumerate(names):
-        of_type = _subset(overlaps, kinds[0] == number, kinds[1] == number)
+        of_type = _subset(overlaps, kinds[0] == number, (kinds[1] == number) & judged)
         scores[name] = _scores(of_type, type_detection(paired, kinds[0][missed], kinds[1][alarms], number))
     return scores
 
