@@ -210,11 +210,15 @@ def drawn(path: Path, *objects: dict[str, Any]) -> Path:
     return path
 
 
-def test_an_outline_that_crosses_itself_is_mended(tmp_path: Path) -> None:
+def test_an_outline_that_crosses_itself_keeps_all_its_area(tmp_path: Path) -> None:
     bow_tie = {"type": "Polygon", "coordinates": [[[0, 0], [10, 10], [10, 0], [0, 10], [0, 0]]]}
-    collection = {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": bow_tie, "properties": {}}]}
-    (tmp_path / "a.geojson").write_text(json.dumps(collection))
-    scores, _ = make_comparison(tmp_path / "a.geojson", tmp_path / "a.geojson", tmp_path / "scores", mpp=0.25)
+    spiked = {"type": "Polygon", "coordinates": [[[0, 0], [9, 0], [9, 9], [9, 30], [9, 9], [0, 9], [0, 0]]]}
+    line = {"type": "Polygon", "coordinates": [[[0, 0], [9, 0], [4, 0], [0, 0]]]}
+    path = drawn(tmp_path / "a.geojson", *({"geometry": geometry} for geometry in (bow_tie, spiked, line)))
+    outlines = read_nuclei_file(path).nuclei.outlines
+    assert shapely.area(outlines).tolist() == [50, 81]
+    assert set(shapely.get_type_id(outlines).tolist()) <= {3, 6}
+    scores, _ = make_comparison(path, path, tmp_path / "scores", mpp=0.25)
     assert scores["all"].pq == pytest.approx(1, abs=1e-5)
 
 

@@ -42,7 +42,7 @@ def read_roi(path: str | Path, offset: tuple[float, float] = (0.0, 0.0)) -> shap
         areas = [shapely.make_valid(area) for area in _polygons(_load(path), str(path))]
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply for a GeoJSON file; export the regions anew") from error
-    region = _areal(shapely.union_all([_areal(area) for area in areas]))
+    region = areal(shapely.union_all([areal(area) for area in areas]))
     if region.is_empty:
         raise ConfigError(f"{path} holds no area; export closed shapes from QuPath as GeoJSON")
     return translate(region, *offset)
@@ -111,7 +111,7 @@ def _polygon(rings: Any, where: str) -> shapely.Geometry:
     return shapely.Polygon(corners[0], corners[1:]) if corners else shapely.Polygon()
 
 
-def _areal(geometry: shapely.Geometry) -> shapely.Geometry:
+def areal(geometry: shapely.Geometry) -> shapely.Geometry:
     """The polygons of a geometry: a repair may leave lines and points beside them."""
     parts = shapely.get_parts(shapely.get_parts(geometry))
     return shapely.union_all(parts[shapely.get_dimensions(parts) == 2])

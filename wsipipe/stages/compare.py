@@ -25,6 +25,7 @@ from wsipipe.folder import record_of, write_record
 from wsipipe.objects import class_of, is_region, outline_of
 from wsipipe.outlines import trace_outlines
 from wsipipe.rings import closed_rings
+from wsipipe.roi import areal
 from wsipipe.slide import GIVEN_MPP
 from wsipipe.table import read_nuclei
 
@@ -334,7 +335,7 @@ def _outlined(path: Path, outlines: npt.NDArray[np.object_], types: npt.NDArray[
     invalid = ~shapely.is_valid(outlines)
     if invalid.any():
         outlines = outlines.copy()
-        outlines[invalid] = shapely.buffer(outlines[invalid], 0)
+        outlines[invalid] = [areal(shapely.make_valid(outline)) for outline in outlines[invalid]]
     some = shapely.area(outlines) > 0
     return OutlinedNuclei(outlines[some], types[some])
 
