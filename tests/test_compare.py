@@ -10,6 +10,7 @@ from typing import Any
 import geopandas
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 import shapely
 from hypothesis import given, settings
@@ -196,6 +197,13 @@ def test_any_geoparquet_of_outlines_will_do(tmp_path: Path) -> None:
     scores, _ = make_comparison(tmp_path / "foreign.parquet", ours, tmp_path / "scores")
     assert scores["all"].pq == pytest.approx(1, abs=1e-5)
     assert list(scores) == ["all"]
+
+
+def test_types_of_any_geoparquet_may_be_categories_some_of_them_missing(tmp_path: Path) -> None:
+    squares = shapely.box([0, 20, 40], 0, [10, 30, 50], 10)
+    frame = geopandas.GeoDataFrame({"type": pd.Categorical(["round", None, "long"])}, geometry=squares)
+    frame.to_parquet(tmp_path / "foreign.parquet")
+    assert read_nuclei_file(tmp_path / "foreign.parquet").nuclei.types.tolist() == ["round", "", "long"]
 
 
 def ring(x: float, side: float = 10) -> dict[str, Any]:

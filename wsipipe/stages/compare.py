@@ -164,7 +164,7 @@ def _read_table(path: Path) -> NucleiFile:
             frame = geopandas.read_parquet(path)
         except (OSError, ValueError, pa.ArrowInvalid):
             raise ours from None
-        types = frame["type"].fillna("") if "type" in frame else np.full(len(frame), "")
+        types = frame["type"].astype(object).fillna("") if "type" in frame else np.full(len(frame), "")
         return NucleiFile(_outlined(path, frame.geometry.to_numpy(), np.asarray(types, str)), None, None)
     outlines, types = [np.empty(0, object)], [np.empty(0, str)]
     for batch in batches:
