@@ -211,10 +211,10 @@ def ring(x: float, side: float = 10) -> dict[str, Any]:
     return {"type": "Polygon", "coordinates": [corners]}
 
 
-def drawn(path: Path, *objects: dict[str, Any]) -> Path:
+def drawn(path: Path, *objects: dict[str, Any], bare: bool = False) -> Path:
     """A GeoJSON file of these objects."""
     features = [{"type": "Feature", "properties": {}, **one} for one in objects]
-    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    path.write_text(json.dumps(features if bare else {"type": "FeatureCollection", "features": features}))
     return path
 
 
@@ -241,6 +241,15 @@ def test_of_the_objects_of_qupath_the_nuclei_are_read_with_their_classes(tmp_pat
     nuclei = read_nuclei_file(drawn(tmp_path / "a.geojson", *objects, cell, area)).nuclei
     assert nuclei.types.tolist() == ["Tumor", "Tumor Positive", "", "", "", "Stroma", "Regional", ""]
     assert shapely.bounds(nuclei.outlines[-1]).tolist() == [310, 0, 320, 10]
+
+
+def test_a_bare_list_of_features_is_read_as_a_collection_of_them(tmp_path: Path) -> None:
+    objects = [{"geometry": ring(20 * i)} for i in range(5)]
+    lists = [read_nuclei_file(drawn(tmp_path / f"{bare}.geojson", *objects, bare=bare)) for bare in (False, True)]
+    assert shapely.equals(*(of.nuclei.outlines for of in lists)).tolist() == [True] * 5
+    (tmp_path / "one.geojson").write_text(json.dumps({"type": "Feature", "geometry": ring(0)}))
+    with pytest.raises(DataError, match="export them as a FeatureCollection"):
+        read_nuclei_file(tmp_path / "one.geojson")
 
 
 def painted(folder: Path, types: str) -> Path:
@@ -377,6 +386,8 @@ def test_features_are_read_one_by_one_whatever_a_read_gives(n: int, piece: int, 
     before, stage.PIECE = stage.PIECE, piece
     try:
         assert list(read_features(io.StringIO(text), told)) == features
+        bare = json.dumps(features, indent=1 if indented else None) + "\n"
+        assert list(read_features(io.StringIO(bare), {})) == features
     finally:
         stage.PIECE = before
     assert told == {"type": "FeatureCollection", "made": {"by": "µ"}, "after": [1]}
@@ -385,8 +396,9 @@ def test_features_are_read_one_by_one_whatever_a_read_gives(n: int, piece: int, 
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", '{"features": 3}', '{"features": [', '{"features": [{}', '{"features": [{} {}]}', '{"features": [{}]',
-        '{"features": [{},]}', '{"features": [{}]} {}', '{"features": [{"a": 1]}',
+        "", "[] []", "[", "[{}", "[{}, ]", "[{}]]", '{"features": 3}', '{"features": [', '{"features": [{}',
+        '{"features": [{} {}]}', '{"features": [{}]', '{"features": [{},]}', '{"features": [{}]} {}',
+        '{"features": [{"a": 1]}',
     ],
 )  # fmt: skip
 def test_what_is_no_feature_collection_to_its_last_byte_is_refused(text: str) -> None:

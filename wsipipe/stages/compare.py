@@ -197,25 +197,18 @@ def _read_geojson(path: Path) -> NucleiFile:
 
 
 def read_features(file: TextIO, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The features of a FeatureCollection one by one, to the file's last byte; `told` gets the members before them.
+    """The features of a FeatureCollection or of a bare list one by one, to the file's last byte.
+
+    `told` gets the other members of the collection.
 
     Raises
     ------
     ValueError
-        If it is no JSON, no FeatureCollection, or ends too early or too late.
+        If it is no JSON, neither a FeatureCollection nor a list, or ends too early or too late.
     """
-    text, decode = "", json.JSONDecoder().raw_decode
-    while (start := text.find('"features"')) < 0:
-        if not (more := file.read(PIECE)) or len(text) > MOST_TEXT:
-            raise ValueError("it is no FeatureCollection")
-        text += more
-    told |= json.loads(text[:start].rstrip().rstrip(",") + "}")
-    at = start + len('"features"')
-    for sign in ":[":
-        at, text = _significant(file, text, at)
-        if text[at] != sign:
-            raise ValueError("its features are no list")
-        at += 1
+    text, decode = file.read(PIECE), json.JSONDecoder().raw_decode
+    bare = text.lstrip().startswith("[")
+    at, text = (text.index("[") + 1, text) if bare else _first_feature(file, text, told)
     first = True
     while True:
         at, text = _significant(file, text, at)
@@ -235,10 +228,29 @@ def read_features(file: TextIO, told: dict[str, Any]) -> Iterator[dict[str, Any]
                 text, at = text[at:] + more, 0
         first = False
         yield feature
-    rest = "{" + (text[at + 1 :] + file.read(MOST_TEXT)).lstrip().removeprefix(",")
+    rest = (text[at + 1 :] + file.read(MOST_TEXT)).strip()
     if file.read(1):
         raise ValueError(f"more than {MOST_TEXT} characters follow its features")
-    told |= json.loads(rest)
+    if not bare:
+        told |= json.loads("{" + rest.removeprefix(","))
+    elif rest:
+        raise ValueError("its list of features is not all that it holds")
+
+
+def _first_feature(file: TextIO, text: str, told: dict[str, Any]) -> tuple[int, str]:
+    """Where the list of features of a collection begins, and the text that holds it."""
+    while (start := text.find('"features"')) < 0:
+        if not (more := file.read(PIECE)) or len(text) > MOST_TEXT:
+            raise ValueError("it is no FeatureCollection and no list; in QuPath, export them as a FeatureCollection")
+        text += more
+    told |= json.loads(text[:start].rstrip().rstrip(",") + "}")
+    at = start + len('"features"')
+    for sign in ":[":
+        at, text = _significant(file, text, at)
+        if text[at] != sign:
+            raise ValueError("its features are no list")
+        at += 1
+    return at, text
 
 
 def _significant(file: TextIO, text: str, at: int) -> tuple[int, str]:
