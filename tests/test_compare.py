@@ -128,6 +128,14 @@ def test_what_is_found_on_a_true_nucleus_of_unknown_type_is_no_false_alarm_of_an
     assert (of["a"].true, of["a"].found) == (1, 1)
 
 
+def test_more_types_than_a_byte_counts_are_told_apart() -> None:
+    names = [f"t{number}" for number in range(UNKNOWN_TYPE + 2)]
+    left = 20 * np.arange(len(names))
+    nuclei = OutlinedNuclei(shapely.box(left, 0, left + 10, 10), np.array(names))
+    scores = compare(nuclei, nuclei, 12)
+    assert all((scores[name].found, scores[name].paired, scores[name].f1) == (1, 1, 1) for name in names)
+
+
 def test_outlines_of_a_mask_have_the_area_of_its_pixels_whatever_their_shape() -> None:
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 4, (25, 30)).astype(np.int32)  # pieces, holes, corners

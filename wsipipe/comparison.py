@@ -97,13 +97,13 @@ def compare(true: OutlinedNuclei, found: OutlinedNuclei, radius_px0: float) -> d
     names = sorted((set(true.types.tolist()) | set(found.types.tolist())) - {""})
     if not (true.types != "").any() or not (found.types != "").any():
         return scores
-    numbers = {name: number for number, name in enumerate(names)} | {"": UNKNOWN_TYPE}
+    numbers = {name: number for number, name in enumerate(names, UNKNOWN_TYPE + 1)} | {"": UNKNOWN_TYPE}
     kinds = [np.array([numbers[name] for name in nuclei.types.tolist()], np.int64) for nuclei in (true, found)]
     on_true, on_found, _ = _one_to_one(*overlaps.matches(0.5))
     judged = np.ones(len(found_at), bool)
     judged[on_found[kinds[0][on_true] == UNKNOWN_TYPE]] = False
     paired = np.column_stack([kinds[0][pairs[:, 0]], kinds[1][pairs[:, 1]]])
-    for number, name in enumerate(names):
+    for number, name in enumerate(names, UNKNOWN_TYPE + 1):
         of_type = _subset(overlaps, kinds[0] == number, (kinds[1] == number) & judged)
         scores[name] = _scores(of_type, type_detection(paired, kinds[0][missed], kinds[1][alarms], number))
     return scores
