@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+import shapely
 from made_patches import write_set
 
 from wsipipe.config import Config
@@ -10,6 +11,7 @@ from wsipipe.errors import DataError
 from wsipipe.model.weights import load_model
 from wsipipe.training.data import PatchSet
 from wsipipe.training.evaluate import evaluate, segment_image
+from wsipipe.training.paint import pixels_within
 
 CPU = {"device": "cpu", "precision": "fp32"}
 
@@ -54,3 +56,14 @@ def test_an_empty_split_and_other_types_are_refused(tmp_path, apart, oracle):
         evaluate(model, PatchSet.open(write_set(tmp_path / "typed")), "test", **CPU)
     with pytest.raises(DataError, match="no image in the split 'validation'"):
         evaluate(model, PatchSet.open(write_set(tmp_path / "few", count=2, typed=False)), "validation", **CPU)
+
+
+def test_outlines_that_share_an_edge_share_no_pixel():
+    """Edges through the centres of pixels, straight and aslant: each centre belongs to one side."""
+    left = np.array([(0.5, 0.5), (3.5, 0.5), (5.5, 2.5), (3.5, 4.5), (0.5, 4.5)])
+    right = np.array([(3.5, 0.5), (7.5, 0.5), (7.5, 4.5), (3.5, 4.5), (5.5, 2.5)])
+    count = np.zeros((8, 8), int)
+    for outline in (left, right):
+        count[pixels_within(outline, count.shape)] += 1
+    assert count.max() == 1
+    assert count.sum() == shapely.Polygon(left).union(shapely.Polygon(right)).area

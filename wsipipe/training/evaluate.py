@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 from PIL import Image
-from skimage import draw
 from torch import nn
 
 from wsipipe.config import Config
@@ -29,6 +28,7 @@ from wsipipe.stages.nuclei import make_nuclei
 from wsipipe.stages.tissue import find_tissue
 from wsipipe.table import read_nuclei
 from wsipipe.training.data import PatchSet, Split
+from wsipipe.training.paint import pixels_within
 from wsipipe.training.scores import ImageScores, TypedNuclei, score_image, summarise
 
 log = logging.getLogger(__name__)
@@ -120,8 +120,7 @@ def painted(table: Path, shape: tuple[int, ...]) -> TypedNuclei:
         certainties += of_types
         for ring, type_id in zip(rings, type_ids, strict=True):
             types.append(type_id)
-            # Not OpenCV's: it also paints the pixels that the outline only touches.
-            instance_map[draw.polygon(ring[:, 1] - 0.5, ring[:, 0] - 0.5, shape)] = len(types)
+            instance_map[pixels_within(ring, shape)] = len(types)
     seen = np.unique(instance_map)
     rows = seen[seen > 0] - 1
     return TypedNuclei(

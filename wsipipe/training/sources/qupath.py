@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import shapely
-from skimage import draw
 
 from wsipipe.errors import DataError, SlideError, one_line
 from wsipipe.geometry import Box
 from wsipipe.slide import Slide, open_slide
 from wsipipe.training.data import UNKNOWN_TYPE, Patch, PatchSet
+from wsipipe.training.paint import pixels_within
 from wsipipe.training.sources.own_images import Splits, class_names_of, first_of, images_of
 from wsipipe.training.write import Description, Drawn, windows, write_patch_set
 
@@ -198,7 +198,7 @@ def _painted(
     instances = np.zeros(box.shape, np.uint16)
     type_map = None if names is None else np.zeros(box.shape, np.uint8)
     for number, (outline, name) in enumerate(zip(outlines, types, strict=True), 1):
-        inside = draw.polygon(outline[:, 1] - box.y0 - 0.5, outline[:, 0] - box.x0 - 0.5, box.shape)
+        inside = pixels_within(outline - (box.x0, box.y0), box.shape)
         instances[inside] = number
         if type_map is not None and names is not None:
             type_map[inside] = names.index(name) if name else UNKNOWN_TYPE

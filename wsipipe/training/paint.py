@@ -1,0 +1,26 @@
+"""Outlines on pixels."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from skimage import draw
+
+HAIR = 2.0**-10  # px, finer than any outline is drawn
+
+
+def pixels_within(outline: npt.NDArray[np.float64], shape: tuple[int, ...]) -> tuple[npt.NDArray[Any], ...]:
+    """Rows and columns of the pixels whose centre lies inside an outline (n, 2) of x and y, px.
+
+    Of two outlines that share an edge, a centre on it belongs to one: to that on its right, or below it.
+
+    Examples
+    --------
+    >>> square = np.array([[0.5, 0.5], [2.5, 0.5], [2.5, 2.5], [0.5, 2.5]])
+    >>> pixels_within(square, (4, 4))[0].size
+    4
+    """
+    # skimage counts what lies on an edge as inside, on either side of it; OpenCV all pixels that an edge touches.
+    x, y = np.asarray(outline, np.float64).T - 0.5 - HAIR
+    rows_and_columns: tuple[npt.NDArray[Any], ...] = draw.polygon(y, x, shape)
+    return rows_and_columns
