@@ -74,6 +74,12 @@ def test_refuses_what_is_no_multiple_or_another_network() -> None:
             widen(trained_like(1), build(replace(WIDE, settings={**WIDE.settings, heads: 8})))
 
 
+def test_refuses_cells_of_another_size() -> None:
+    fine, coarse = (replace(NARROW, settings={**NARROW.settings, "cell_px": cell_px}) for cell_px in (1, 2))
+    with pytest.raises(ConfigError, match="cells of 1 px cannot be widened to one of 2 px"):
+        widen(build(fine), build(coarse))
+
+
 def test_refuses_a_vit_whose_attention_knows_more_than_queries_and_keys() -> None:
     sam = shrunk("cellvta-sam-b")
     with pytest.raises(ConfigError, match="round a plain ViT"):

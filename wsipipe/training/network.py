@@ -61,16 +61,22 @@ def start_network(spec: ModelSpec, config: TrainConfig) -> nn.Module:
         If the weights to start with do not fit, or there is nothing to freeze.
     """
     network = build(spec)
-    _take_weights(network, config)
+    _take_weights(network, spec, config)
     freeze(network, config.trains)
     return network
 
 
-def _take_weights(network: nn.Module, config: TrainConfig) -> None:
+def _take_weights(network: nn.Module, spec: ModelSpec, config: TrainConfig) -> None:
     """Start from other weights: a narrower network's, the ViT's (`encoder`), or all that fit (`start_from`)."""
     own = network.state_dict()
     if config.widen_from is not None:
-        widen(open_checkpoint(find_checkpoint(config.widen_from))[0], network, config.seed)
+        narrow, narrow_spec = open_checkpoint(find_checkpoint(config.widen_from))
+        if narrow_spec.class_names != spec.class_names:
+            raise ConfigError(
+                f"{config.widen_from} tells {list(narrow_spec.class_names)}, the data {list(spec.class_names)}; only a "
+                "network of the same classes can be widened"
+            )
+        widen(narrow, network, config.seed)
         log.info("starts as the equal of %s", config.widen_from)
     if config.start_from is not None:
         found = _weights(find_checkpoint(config.start_from))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wsipipe.errors import ConfigError
 from wsipipe.model.attention import DeformableAttention
+from wsipipe.model.cellvta import CellVTA
 from wsipipe.model.encoder import Encoder, PlainViT
 
 _SHARES = (0.2, 0.8)  # of the first of two copies
@@ -19,14 +20,14 @@ _SHARES = (0.2, 0.8)  # of the first of two copies
 def widen(narrow: nn.Module, wide: nn.Module, seed: int = 0) -> None:
     """Give `wide` the weights that make it answer as `narrow` does.
 
-    Both are of one architecture, round a plain ViT if they have one; every width of `wide` is a multiple of that of
-    `narrow`, and its heads are as many. `seed` is of the shares.
+    Both are of one architecture, round a plain ViT if they have one, tell the same classes and see cells of one size;
+    every width of `wide` is a multiple of that of `narrow`, and its heads are as many. `seed` is of the shares.
 
     Raises
     ------
     ConfigError
-        If a layer of one has no counterpart in the other, a width is no multiple, the heads differ, or the ViT is one
-        whose attention knows more than queries and keys.
+        If a layer of one has no counterpart in the other, a width is no multiple, the heads or the cells differ, or the
+        ViT is one whose attention knows more than queries and keys.
     """
     found, own = narrow.state_dict(), wide.state_dict()
     if missing := sorted(found.keys() ^ own.keys()):
@@ -53,6 +54,8 @@ def widen(narrow: nn.Module, wide: nn.Module, seed: int = 0) -> None:
 
 
 def _require_widenable(name: str, wide: nn.Module, narrow: nn.Module) -> None:
+    if isinstance(wide, CellVTA) and wide.cell_px != narrow.cell_px:
+        raise ConfigError(f"a network on cells of {narrow.cell_px} px cannot be widened to one of {wide.cell_px} px")
     for kind, heads in ((Attention, "num_heads"), (DeformableAttention, "heads")):
         if isinstance(wide, kind) and getattr(wide, heads) != getattr(narrow, heads):
             raise ConfigError(f"{name} has {getattr(narrow, heads)} heads and cannot be widened to another number")
