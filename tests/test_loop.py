@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from wsipipe.training.loop import TrainConfig, load_experiment, train
 from wsipipe.training.miniature import make_pannuke
 from wsipipe.training.network import freeze, normalised, spec_of, start_network
 from wsipipe.training.objectives import objective_of
+from wsipipe.training.run_folder import Progress
 from wsipipe.training.schedule import Schedule, rate, schedule_of
 from wsipipe.training.sources.pannuke import prepare_pannuke
 from wsipipe.training.team import start_team
@@ -380,6 +382,17 @@ def test_training_starts_as_the_equal_of_a_narrower_network(discs, tmp_path):
     assert wide == pytest.approx(narrow, rel=0.02)
     with pytest.raises(ConfigError, match="cannot be widened"):
         train(config(discs, settings={"dim": 96}, **still, widen_from=best), tmp_path / "odd")
+    others = write_set(tmp_path / "others", class_names=("background", "round"))
+    with pytest.raises(ConfigError, match="only a network of the same classes can be widened"):
+        train(config(others, **wider, **still), tmp_path / "others-run")
+
+
+def test_a_validation_without_a_number_never_stands_in_the_way_of_one_with(discs):
+    progress, by_loss = Progress(), config(discs, best_by="loss")
+    assert [progress.improved({"loss": loss}, by_loss) for loss in (math.nan, 0.5, math.nan, 0.7, 0.4)] == [
+        True, True, False, False, True,
+    ]  # fmt: skip
+    assert progress.best == 0.4
 
 
 def test_a_killed_process_goes_on_to_the_same_bits(discs, tmp_path):

@@ -73,6 +73,8 @@ def train(config: TrainConfig, run: Path) -> Path:
 
     progress = folder.resume(learner.parts)
     learner.join(team)
+    if team.is_main_process:
+        folder.cut_logs(progress.step)
     if team.is_main_process and config.tensorboard:
         folder.open_board(progress.step)
     log.info(

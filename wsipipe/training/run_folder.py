@@ -62,10 +62,13 @@ class Progress:
     ended: bool = False
 
     def improved(self, scores: Mapping[str, float], config: TrainConfig) -> bool:
-        """Whether this validation is as good as the best so far; notes how long ago that was, and whether to end."""
+        """Whether this validation is as good as the best so far; notes how long ago that was, and whether to end.
+
+        The first is; one without a number never takes the place of one that has one.
+        """
         score = scores[config.best_by]
         better = score <= self.best if config.best_by == "loss" else score >= self.best
-        if not (better or math.isinf(self.best)):
+        if not (better or not math.isfinite(self.best)):
             self.waited += 1
             self.ended = config.patience is not None and self.waited >= config.patience
             return False
@@ -109,10 +112,7 @@ class RunFolder:
         _write_json(path, data)
 
     def resume(self, parts: Mapping[str, Part]) -> Progress:
-        """Where the run stands; `parts` get their states.
-
-        The lines that the logs have beyond that are dropped: they will come again.
-        """
+        """Where the run stands; `parts` get their states."""
         progress = Progress()
         if (self.path / "last.pt").exists():
             state = torch.load(self.path / "last.pt", map_location="cpu", weights_only=True)
@@ -121,9 +121,12 @@ class RunFolder:
             progress = Progress(**{of.name: state[of.name] for of in fields(Progress) if of.name in state})
             if not self.best.exists():
                 progress.best = math.inf  # it went away: the next validation is the best there is
-        for name in ("log.csv", "validation.csv"):
-            _cut_log(self.path / name, progress.step)
         return progress
+
+    def cut_logs(self, step: int) -> None:
+        """Drop the lines that the logs have beyond a step: they will come again. For one process alone."""
+        for name in ("log.csv", "validation.csv"):
+            _cut_log(self.path / name, step)
 
     def save(self, progress: Progress, parts: Mapping[str, Part]) -> None:
         """Write `last.pt`."""
@@ -188,7 +191,7 @@ def _cut_log(path: Path, step: int) -> None:
     if len(kept) == 1:
         path.unlink()
     elif len(kept) < len(rows):
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with finished(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(kept)
 
 
