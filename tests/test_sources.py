@@ -266,6 +266,23 @@ def test_faults_of_a_cellvit_folder_come_all_at_once(tmp_path):
         prepare_cellvit(tmp_path / "typed", tmp_path / "dst", 0.25)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("inst_map", -1, r"0_2\.npy: inst_map holds -1; nuclei are numbered from 1"),
+        ("type_map", -2, r"0_2\.npy: the type -2 is none of the 3 nuclei_types"),
+        ("type_map", 3, r"0_2\.npy: the type 3 is none of the 3 nuclei_types"),
+    ],
+)
+def test_numbers_that_a_label_cannot_hold_are_named(tmp_path, name, value, message):
+    src = write_cellvit(tmp_path / "src")
+    label = np.load(src / "fold0/labels/0_2.npy", allow_pickle=True).item()
+    label[name][5, 5] = value
+    np.save(src / "fold0/labels/0_2.npy", label, allow_pickle=True)
+    with pytest.raises(DataError, match=message):
+        prepare_cellvit(src, tmp_path / "dst", 0.25)
+
+
 # --- one's own --------------------------------------------------------------------------------------------------------
 
 

@@ -110,8 +110,10 @@ def _patches(files: list[tuple[Path, Path]], side: tuple[int, ...], classes: int
         image, (instances, types) = _image(image_path), read_label(label_path)
         if not image.shape[:2] == instances.shape == types.shape == side:
             raise DataError(f"{image_path} is {image.shape[:2]}, its label {instances.shape}, the first image {side}")
-        if instances.min() < 0 or types.min() < 0 or types.max() >= classes:
-            raise DataError(f"{label_path}: the type {types.max()} is none of the {classes} nuclei_types")
+        if instances.min() < 0:
+            raise DataError(f"{label_path}: inst_map holds {instances.min()}; nuclei are numbered from 1")
+        if foreign := [number for number in (types.min(), types.max()) if not 0 <= number < classes]:
+            raise DataError(f"{label_path}: the type {foreign[0]} is none of the {classes} nuclei_types")
         yield Drawn(image, remap_label(instances.astype(np.int32)), np.where(instances > 0, types, 0).astype(np.uint8))
 
 
