@@ -317,6 +317,11 @@ def test_masks_of_several_sizes_become_patches_of_one(tmp_path):
         (lambda src: (src / "types/p0_a.csv").unlink(), r"types/p0_a\.csv must be a table"),
         (lambda src: (src / "types/p0_a.csv").write_text("id,type\n4,a\n4,b\n"), r"p0_a\.csv: the ids \[4\] repeat"),
         (lambda src: (src / "types/p0_a.csv").write_text("id,type\n7,a\n"), r"mask has not: \[7\]"),
+        (
+            lambda src: (src / "types/p0_a.csv").write_text("id,type\n4,a\n900, Background\n"),
+            r"types/p0_a\.csv: the ids \[900\] have the type background",
+        ),
+        (lambda src: (src / "types/p0_a.csv").write_text("id,type\n4,\n4,b\n"), r"p0_a\.csv: the ids \[4\] repeat"),
         (lambda src: cv2.imwrite(str(src / "masks/p0_a.png"), np.zeros((9, 9), np.uint8)), r"p0_a\.png is 9 x 9 px"),
         (lambda src: cv2.imwrite(str(src / "masks/p0_a.png"), np.zeros((64, 64, 3), np.uint8)), "one channel"),
         (lambda src: (src / "images/p0_a.png").write_text("text"), r"images/p0_a\.png cannot be read"),
@@ -327,6 +332,26 @@ def test_faults_of_masks_are_refused_by_file(tmp_path, spoil, message):
     spoil(src)
     with pytest.raises(DataError, match=message):
         prepare_image_masks(src, tmp_path / "dst", ABOUT, 64, HALF)
+
+
+@pytest.mark.parametrize("empty", ["900,", "900,  ", "900", "900,\t"])
+def test_a_nucleus_with_an_empty_type_is_of_unknown_type(tmp_path, empty):
+    src = write_masks(tmp_path / "src")
+    (src / "types/p0_a.csv").write_text(f"id,type\n4, tumour \n{empty}\n")
+    patches = prepare_image_masks(src, tmp_path / "dst", ABOUT, 64, HALF)
+    assert patches.class_names == ("background", "tumour")
+    assert (patches.types[0][10, 10], patches.types[0][45, 45]) == (1, 255)
+
+
+def test_tables_without_a_type_make_a_set_without_types(tmp_path):
+    src = write_masks(tmp_path / "src")
+    for path in (src / "types").iterdir():
+        path.write_text("id,type\n4,\n")
+    patches = prepare_image_masks(src, tmp_path / "dst", ABOUT, 64, HALF)
+    assert (patches.class_names, patches.types) == (None, None)
+    typed = prepare_image_masks(src, tmp_path / "typed", ABOUT, 64, HALF, ["tumour"])
+    assert typed.class_names == ("background", "tumour")
+    assert set(np.unique(typed.types)) == {0, 255}
 
 
 def test_types_outside_the_list_and_small_images_are_refused(tmp_path):

@@ -24,7 +24,8 @@ def prepare_image_masks(
     """Turn `images/<stem>.*`, `masks/<stem>.png|tif|npy` and, if there, `types/<stem>.csv` (id,type) into `dst`.
 
     A mask has one channel of whole numbers: 0 background, every other value one nucleus. Nuclei that the table leaves
-    out are of unknown type. Without `classes` the types are those of the tables, in the order of the alphabet.
+    out, or names without a type, are of unknown type. Without `classes` the types are those of the tables, in the order
+    of the alphabet.
 
     Raises
     ------
@@ -41,7 +42,8 @@ def prepare_image_masks(
                 tables[stem] = _type_table(src / "types" / f"{stem}.csv")
             except DataError as error:
                 faults.append(str(error))
-    names = class_names_of(classes, {name for table in tables.values() for name in table.values()}) if tables else None
+    occurring = {name for table in tables.values() for name in table.values()}
+    names = class_names_of(classes, occurring) if tables and (classes or occurring) else None
     images: dict[str, tuple[int, int]] = {}
     for stem, mask in masks.items():
         if mask is not None:
@@ -95,16 +97,21 @@ def _read_labels(path: Path) -> Array:
 
 
 def _type_table(path: Path) -> dict[int, str]:
+    """Type of every nucleus that the table gives one."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(int(row["id"]), row["type"]) for row in csv.DictReader(file)]
+            rows = [(int(row["id"]), (row["type"] or "").strip()) for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} must be a table of id and type: {type(error).__name__}: {error}") from error
     table = dict(rows)
     if len(table) < len(rows):
         twice = sorted({number for number, _ in rows if sum(other == number for other, _ in rows) > 1})
         raise DataError(f"{path}: the ids {twice} repeat")
-    return table
+    if background := sorted(number for number, name in rows if name.lower() == "background"):
+        raise DataError(
+            f"{path}: the ids {background} have the type background; give them another, or none if it is not known"
+        )
+    return {number: name for number, name in rows if name}
 
 
 def _mask_faults(
