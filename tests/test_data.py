@@ -254,6 +254,28 @@ def test_preparing_again_keeps_what_is_there(tmp_path):
     assert not (tmp_path / "dst.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "text"), [("types/p1.csv", "id,type\n2,round\n"), ("trust/p2.csv", "id,trusted\n1,0\n2,1\n")]
+)
+def test_a_source_folder_that_was_changed_since_is_refused(tmp_path, file, text):
+    src = write_source(tmp_path / "src")
+    before = prepare_masks(src, tmp_path / "dst", ABOUT).fingerprint
+    (src / file).write_text(text)
+    with pytest.raises(DataError, match="was prepared from other sources, or these were changed since; remove it"):
+        prepare_masks(src, tmp_path / "dst", ABOUT)
+    assert PatchSet.open(tmp_path / "dst").fingerprint == before
+
+
+@pytest.mark.parametrize("folder", ["images", "masks", "binary"])
+def test_a_picture_that_was_changed_since_is_refused(tmp_path, folder):
+    src = write_source(tmp_path / "src")
+    prepare_masks(src, tmp_path / "dst", ABOUT)
+    path = str(src / folder / "p1.png")
+    cv2.imwrite(path, np.flipud(cv2.imread(path, cv2.IMREAD_UNCHANGED)))
+    with pytest.raises(DataError, match="was prepared from other sources, or these were changed since; remove it"):
+        prepare_masks(src, tmp_path / "dst", ABOUT)
+
+
 def test_a_patch_set_made_otherwise_is_not_overwritten(tmp_path):
     src = write_source(tmp_path / "src")
     prepare_masks(src, tmp_path / "dst", ABOUT)

@@ -22,7 +22,7 @@ from wsipipe.training.sources.image_masks import prepare_image_masks
 from wsipipe.training.sources.own_images import Splits
 from wsipipe.training.sources.pannuke import joined, prepare_pannuke
 from wsipipe.training.sources.qupath import prepare_qupath
-from wsipipe.training.write import Description, count, differences, windows
+from wsipipe.training.write import Description, count, differences, digest_of, windows
 
 ABOUT = Description("own", 0.25, None, "drawn", "CC0-1.0")
 HALF = Splits(validation=0.5)
@@ -424,6 +424,117 @@ def test_faults_of_qupath_annotations_come_all_at_once(tmp_path):
         prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25, classes=["Tumour"])
     with pytest.raises(DataError, match="does not state its resolution; pass --image-mpp"):
         prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF)
+
+
+def prepared_cellvit(src: Path, dst: Path):
+    return prepare_cellvit(src if src.exists() else write_cellvit(src), dst, 0.25)
+
+
+def prepared_pannuke(src: Path, dst: Path):
+    if not src.exists():
+        make_pannuke(src, images=2, side=64)
+    return prepare_pannuke(src, dst)
+
+
+def prepared_conic(src: Path, dst: Path):
+    if not src.exists():
+        make_conic(src, patients=3, of_each=1, side=64)
+    return prepare_conic(src, dst)[0]
+
+
+def prepared_masks(src: Path, dst: Path):
+    return prepare_image_masks(src if src.exists() else write_masks(src), dst, ABOUT, 64, HALF)
+
+
+def prepared_qupath(src: Path, dst: Path):
+    if not src.exists():
+        for stem in ("a", "b"):
+            write_qupath(src, NUCLEI, stem)
+    return prepare_qupath(src, dst, ABOUT, 64, HALF, image_mpp=0.25)
+
+
+def retyped(src: Path) -> None:
+    """The first nucleus of an image gets another of the classes that there are."""
+    path = src / "a.geojson"
+    path.write_text(path.read_text().replace("Tumour", "Stroma", 1))
+
+
+def repainted(path: Path) -> None:
+    """One pixel more of a nucleus, or of another colour."""
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    image[15, 10] = image[10, 10] + (image.ndim == 3)
+    cv2.imwrite(str(path), image)
+
+
+def relabelled(path: Path) -> None:
+    label = np.load(path, allow_pickle=True).item()
+    label["type_map"][label["inst_map"] == 3] = 2
+    np.save(path, label, allow_pickle=True)
+
+
+CORRECTIONS = {
+    "annotation": (prepared_qupath, retyped),
+    "slide": (prepared_qupath, lambda src: repainted(src / "b.png")),
+    "mask": (prepared_masks, lambda src: repainted(src / "masks/p0_a.png")),
+    "image": (prepared_masks, lambda src: repainted(src / "images/p1_a.png")),
+    "types": (prepared_masks, lambda src: (src / "types/p0_a.csv").write_text("id,type\n900,tumour\n")),
+    "cellvit label": (prepared_cellvit, lambda src: relabelled(src / "fold1/labels/1_2.npy")),
+    "cellvit image": (prepared_cellvit, lambda src: repainted(src / "fold1/images/1_2.png")),
+    "pannuke": (prepared_pannuke, lambda src: spoilt(src / "Fold 2/masks/fold2/masks.npy", lambda a: a[::-1])),
+    "conic": (prepared_conic, lambda src: spoilt(src / "labels.npy", lambda a: a[::-1])),
+}
+
+
+@pytest.mark.parametrize(("prepared", "correct"), CORRECTIONS.values(), ids=CORRECTIONS)
+def test_a_set_whose_sources_were_changed_is_refused_and_kept(tmp_path, prepared, correct):
+    src, dst = tmp_path / "src", tmp_path / "dst"
+
+    def content() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in sorted(dst.rglob("*")) if path.is_file()}
+
+    prepared(src, dst)
+    before = content()
+    again = prepared(src, dst)
+    assert content() == before
+    assert len(again) > 0
+
+    correct(src)
+    with pytest.raises(DataError, match=r"dst\S* was prepared from other sources, or these were changed since; remove"):
+        prepared(src, dst)
+    assert content() == before
+    assert prepared(src, tmp_path / "new").fingerprint != again.fingerprint
+
+
+@pytest.mark.parametrize("prepared", [prepared_qupath, prepared_masks, prepared_cellvit, prepared_pannuke])
+def test_where_the_sources_lie_makes_no_other_set(tmp_path, prepared):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    prepared(tmp_path / "here/src", tmp_path / "dst")
+    (tmp_path / "here/src").rename(tmp_path / "there/src")
+    assert len(prepared(tmp_path / "there/src", tmp_path / "dst")) > 0
+
+
+def test_a_set_that_does_not_say_its_sources_is_not_taken_for_theirs(tmp_path):
+    prepared_masks(tmp_path / "src", tmp_path / "dst")
+    place = tmp_path / "dst/dataset.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "notes": {"patch_px": 64}}))
+    with pytest.raises(DataError, match="dst does not say what sources it was prepared from; remove it or name"):
+        prepared_masks(tmp_path / "src", tmp_path / "dst")
+
+
+def test_a_digest_tells_names_and_contents_apart(tmp_path):
+    def digest(*files: tuple[str, str], others: tuple[str, ...] = ()) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, text in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        return digest_of(folder, [folder / name for name, _ in files], *others)
+
+    same = [digest(("a", "x"), ("b/c", "y")), digest(("b/c", "y"), ("a", "x"))]
+    other = [digest(("a", "y"), ("b/c", "x")), digest(("a", "xb"), ("c", "y")), digest(("a", "x"), others=("y",))]
+    assert len({*same, *other}) == 1 + len(other)
+    with pytest.raises(DataError, match=r"gone\.png cannot be read: no such file or directory"):
+        digest_of(tmp_path, [tmp_path / "gone.png"])
 
 
 def test_a_split_table_is_followed_and_must_be_complete(tmp_path):

@@ -8,7 +8,7 @@ import csv
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from wsipipe.atomic import partial_of
 from wsipipe.errors import DataError
 from wsipipe.training.data import FORMAT, UNKNOWN_TYPE, Patch, PatchSet
 from wsipipe.training.negatives import write_negatives
+from wsipipe.training.write import SOURCES, already_there, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def prepare_masks(src: Path, dst: Path, about: SourceFolder) -> PatchSet:
     ------
     DataError
         If a file is missing or does not fit the others, the images differ in size, or `dst` was made from something
-        else.
+        else or its sources were changed since.
     """
     stems = {path.stem: path for path in sorted((src / "images").glob("*")) if path.is_file()}
     if not stems:
@@ -76,11 +77,12 @@ def prepare_masks(src: Path, dst: Path, about: SourceFolder) -> PatchSet:
         "source": about.source,
         "licence": about.licence,
         "white_set_to": WHITE if about.set_white else None,
+        "notes": {SOURCES: digest_of(src, _files_of(src, stems))},
     }
     description = json.loads(json.dumps(description))
     index = [Patch(stem, *about.place(i, stem)) for i, stem in enumerate(stems)]
     if dst.exists():
-        return _already_there(dst, description, index)
+        return already_there(dst, description, index)
 
     partial = partial_of(dst)
     shutil.rmtree(partial, ignore_errors=True)
@@ -121,12 +123,11 @@ def prepare_masks(src: Path, dst: Path, about: SourceFolder) -> PatchSet:
     return PatchSet.open(dst)
 
 
-def _already_there(dst: Path, description: dict[str, object], index: list[Patch]) -> PatchSet:
-    there = PatchSet.open(dst)
-    stored = json.loads((dst / "dataset.json").read_text(encoding="utf-8"))
-    if stored != description or list(there.index) != index:
-        raise DataError(f"{dst} was prepared from other data or settings; remove it or name another folder")
-    return there
+def _files_of(src: Path, images: Mapping[str, Path]) -> list[Path]:
+    """The images, and what there is beside them."""
+    beside = (("masks", ".png"), ("types", ".csv"), ("trust", ".csv"), ("binary", ".png"))
+    files = [src / folder / f"{stem}{ending}" for stem in images for folder, ending in beside]
+    return [*images.values(), *(path for path in files if path.is_file())]
 
 
 def _read_image(path: Path) -> Array:

@@ -1,10 +1,11 @@
 """Writing a patch set: image by image, complete before it takes its name, and compared with what was published."""
 
 import csv
+import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 SHOWN = 5  # of the differences, in the log
+SOURCES = "sources_sha256"  # the note that tells what a set was made of: `digest_of` its sources
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Description:
         Counts as the authors give them, in the form of `count`: what differs is said when the set is made and by
         `wsipipe data check`.
     notes : dict, optional
-        How the set was made: settings that, if they differ, make it another set.
+        How the set was made: settings that, if they differ, make it another set; and its sources, as `SOURCES`.
     """
 
     name: str
@@ -85,11 +87,12 @@ def write_patch_set(
     Raises
     ------
     DataError
-        If `dst` was made of something else, or whatever `patches` finds wrong; nothing is left of it then.
+        If `dst` was made of something else, or its sources were changed since; or whatever `patches` finds wrong, and
+        nothing is left of it then.
     """
     description = about.as_json()
     if dst.exists():
-        return _already_there(dst, description, index)
+        return already_there(dst, description, index)
     partial = partial_of(dst)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -129,13 +132,50 @@ def _write_arrays(folder: Path, count: int, side: tuple[int, int], typed: bool, 
             written.flush()
 
 
-def _already_there(dst: Path, description: dict[str, Any], index: Sequence[Patch]) -> PatchSet:
-    there = PatchSet.open(dst, check_values=False)
+def digest_of(folder: Path, files: Iterable[Path], *others: str) -> str:
+    """Hash of files within `folder`, by their names and contents, and of other texts; wherever the folder lies.
+
+    Raises
+    ------
+    DataError
+        If a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in files):
+        try:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {(error.strerror or 'error').lower()}") from error
+        digest.update(json.dumps([name, content]).encode())
+    digest.update(json.dumps(others).encode())
+    return digest.hexdigest()
+
+
+def already_there(dst: Path, description: Mapping[str, Any], index: Sequence[Patch]) -> PatchSet:
+    """The patch set `dst`, if it is what would be written: of the same description, sources and index.
+
+    Raises
+    ------
+    DataError
+        If it is another one, or not whole.
+    """
+    there = PatchSet.open(dst)
     stored = json.loads((dst / "dataset.json").read_text(encoding="utf-8"))
+    made_of = _sources_of(stored)
+    if made_of != _sources_of(description):
+        why = "was prepared from other sources, or these were changed since"
+        why = "does not say what sources it was prepared from" if made_of is None else why
+        raise DataError(f"{dst} {why}; remove it or name another folder")
     if stored != description or list(there.index) != list(index):
         raise DataError(f"{dst} was prepared from other data or settings; remove it or name another folder")
     log.info("%s is there already", dst)
     return there
+
+
+def _sources_of(description: Mapping[str, Any]) -> Any:
+    notes = description.get("notes")
+    return notes.get(SOURCES) if isinstance(notes, Mapping) else None
 
 
 def windows(length: int, side: int, stride: int | None = None) -> list[int]:

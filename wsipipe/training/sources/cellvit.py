@@ -20,7 +20,7 @@ from wsipipe.config import read_yaml
 from wsipipe.errors import ConfigError, DataError, one_line
 from wsipipe.metrics import remap_label
 from wsipipe.training.data import Patch, PatchSet
-from wsipipe.training.write import Description, Drawn, write_patch_set
+from wsipipe.training.write import SOURCES, Description, Drawn, digest_of, write_patch_set
 
 Array = npt.NDArray[Any]
 MAX_BYTES = 256 << 20  # of one label; those of PanNuke have one
@@ -54,6 +54,7 @@ def prepare_cellvit(src: Path, dst: Path, mpp: float) -> PatchSet:
     faults: list[str] = []
     seen: set[str] = set()
     folds = sorted(path for path in src.glob("fold*") if path.is_dir())
+    tables = [path for fold in folds if (path := fold / "types.csv").is_file()]
     for place, fold in enumerate(folds):
         tissues = _tissues(fold / "types.csv", faults)
         default = tissue_names[0] if len(tissue_names) == 1 else ""
@@ -74,7 +75,10 @@ def prepare_cellvit(src: Path, dst: Path, mpp: float) -> PatchSet:
         faults.append(f"{src} holds no fold*/images/*.png with a label in fold*/labels")
     if faults:
         raise DataError("; ".join(faults))
-    about = Description(src.name, mpp, classes, "a data folder of CellViT or CellVTA", "that of the data set")
+    sources = digest_of(src, [src / "dataset_config.yaml", *tables, *(path for pair in files for path in pair)])
+    about = Description(
+        src.name, mpp, classes, "a data folder of CellViT or CellVTA", "that of the data set", notes={SOURCES: sources}
+    )
     side = _image(files[0][0]).shape[:2]
     return write_patch_set(dst, about, index, side, lambda: _patches(files, side, len(classes)))
 

@@ -14,7 +14,7 @@ from wsipipe.errors import DataError
 from wsipipe.metrics import remap_label
 from wsipipe.training.data import Patch, PatchSet
 from wsipipe.training.sources.pannuke import read_array
-from wsipipe.training.write import Description, Drawn, windows, write_patch_set
+from wsipipe.training.write import SOURCES, Description, Drawn, digest_of, windows, write_patch_set
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ def prepare_conic(src: Path, dst: Path, split: Split = "patient") -> tuple[Patch
         With every file that is missing or does not fit the others; or with the first image that holds what it must not.
     """
     images, labels, patients = _read(src)
+    sources = digest_of(
+        src, [*(src / name for name in ("images.npy", "labels.npy", "counts.csv")), _patient_table(src)]
+    )
     splits = _by_patient(patients, TEST_SHARE, "test", dict.fromkeys(patients, "train"))
     if split == "patient":
         splits = _by_patient(patients, VALIDATION_SHARE, "validation", splits)
@@ -73,7 +76,7 @@ def prepare_conic(src: Path, dst: Path, split: Split = "patient") -> tuple[Patch
 
     def about(name: str, mpp: float, published: dict[str, Any]) -> Description:
         classes = ("background", *TYPES)
-        return Description(name, mpp, classes, SOURCE, LICENCE, published, {"split": split})
+        return Description(name, mpp, classes, SOURCE, LICENCE, published, {"split": split, SOURCES: sources})
 
     names = [f"image{i:04d}" for i in range(len(images))]
     native = write_patch_set(
@@ -132,16 +135,18 @@ def _read(src: Path) -> tuple[Array, Array, list[str]]:
 
 def _patients(src: Path) -> list[str]:
     """Patient of every image: the column `patient`, or what precedes the dash of names such as `consep_1-0003`."""
+    rows = _table(_patient_table(src))
+    columns = list(rows[0])
+    for column in columns:
+        if column.strip().lower() in ("patient", "patient_id"):
+            return [row[column] for row in rows]
+    return [row[columns[-1]].rpartition("-")[0] or row[columns[-1]] for row in rows]
+
+
+def _patient_table(src: Path) -> Path:
     for name in ("patient_info.csv", "patch_info.csv"):
-        path = src / name
-        if not path.is_file():
-            continue
-        rows = _table(path)
-        columns = list(rows[0])
-        for column in columns:
-            if column.strip().lower() in ("patient", "patient_id"):
-                return [row[column] for row in rows]
-        return [row[columns[-1]].rpartition("-")[0] or row[columns[-1]] for row in rows]
+        if (src / name).is_file():
+            return src / name
     raise DataError(f"{src / 'patient_info.csv'} is missing (or patch_info.csv); without it patients would be split up")
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from wsipipe.errors import DataError, one_line
 from wsipipe.training.data import UNKNOWN_TYPE, Patch, PatchSet
 from wsipipe.training.sources.own_images import Splits, class_names_of, first_of, images_of
-from wsipipe.training.write import Description, Drawn, windows, write_patch_set
+from wsipipe.training.write import SOURCES, Description, Drawn, digest_of, windows, write_patch_set
 
 Array = npt.NDArray[Any]
 
@@ -35,6 +35,8 @@ def prepare_image_masks(
     stems = images_of(src / "images")
     masks = {stem: first_of(src / "masks", stem, (".png", ".tif", ".tiff", ".npy")) for stem in stems}
     faults = [f"{src / 'masks' / stem}.png is missing" for stem, path in masks.items() if path is None]
+    beside = [*masks.values(), *(first_of(src / "types", stem, (".csv",)) for stem in stems)]
+    sources = digest_of(src, [*stems.values(), *(path for path in beside if path is not None)])
     tables: dict[str, dict[int, str]] = {}
     if (src / "types").is_dir():
         for stem in stems:
@@ -72,7 +74,7 @@ def prepare_image_masks(
                 cut = np.s_[y : y + patch_px, x : x + patch_px]
                 yield Drawn(image[cut], _renumbered(labels[cut]), None if types is None else types[cut])
 
-    about = replace(about, class_names=names, notes={**about.notes, "patch_px": patch_px})
+    about = replace(about, class_names=names, notes={**about.notes, "patch_px": patch_px, SOURCES: sources})
     return write_patch_set(dst, about, index, (patch_px, patch_px), patches)
 
 

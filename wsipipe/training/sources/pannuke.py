@@ -1,6 +1,7 @@
 """PanNuke, as its authors publish it: three folds of images, masks in six channels, and the tissue of each image."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from wsipipe.errors import DataError, one_line
 from wsipipe.metrics import remap_label
 from wsipipe.model.registry import PANNUKE_CLASSES
 from wsipipe.training.data import Patch, PatchSet
-from wsipipe.training.write import Description, Drawn, write_patch_set
+from wsipipe.training.write import SOURCES, Description, Drawn, digest_of, write_patch_set
 
 Array = npt.NDArray[Any]
 FOLDS = ("1", "2", "3")
@@ -68,6 +69,7 @@ def prepare_pannuke(src: Path, dst: Path) -> PatchSet:
     if faults:
         raise DataError("; ".join(faults))
 
+    sources = digest_of(src, (path for arrays in folds.values() for path, _ in arrays.values()))
     index = []
     for fold, arrays in folds.items():
         tissues = arrays["types"][1]
@@ -75,7 +77,8 @@ def prepare_pannuke(src: Path, dst: Path) -> PatchSet:
             name = f"fold{fold}_{i:04d}"
             index.append(Patch(name, name, SPLIT_OF_FOLD[fold], str(tissue), fold))
     side = next(iter(folds.values()))["images"][1].shape[1:3]
-    return write_patch_set(dst, ABOUT, index, side, lambda: _patches(folds))
+    about = replace(ABOUT, notes={SOURCES: sources})
+    return write_patch_set(dst, about, index, side, lambda: _patches(folds))
 
 
 def _find_fold(src: Path, fold: str) -> Path:

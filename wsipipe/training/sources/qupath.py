@@ -17,7 +17,7 @@ from wsipipe.slide import Slide, open_slide
 from wsipipe.training.data import UNKNOWN_TYPE, Patch, PatchSet
 from wsipipe.training.paint import pixels_within
 from wsipipe.training.sources.own_images import Splits, class_names_of, first_of, images_of
-from wsipipe.training.write import Description, Drawn, windows, write_patch_set
+from wsipipe.training.write import SOURCES, Description, Drawn, digest_of, windows, write_patch_set
 
 Array = npt.NDArray[Any]
 REGION = "region*"  # QuPath's own class for areas to look into; QuPath writes the star
@@ -64,11 +64,14 @@ def prepare_qupath(
     """
     folder = src / "images" if (src / "images").is_dir() else src
     stems, faults = images_of(folder), []
+    drawn = {
+        stem: first_of(folder, stem, (".geojson", ".geojson.gz", ".json"))
+        or first_of(src, stem, (".geojson", ".geojson.gz"))
+        for stem in stems
+    }
+    sources = [digest_of(src, (path for path in drawn.values() if path is not None))]
     found: dict[str, Annotation] = {}
-    for stem in stems:
-        path = first_of(folder, stem, (".geojson", ".geojson.gz", ".json")) or first_of(
-            src, stem, (".geojson", ".geojson.gz")
-        )
+    for stem, path in drawn.items():
         if path is None:
             faults.append(f"{folder / stem}.geojson is missing; in QuPath: File > Export objects as GeoJSON")
             continue
@@ -85,6 +88,7 @@ def prepare_qupath(
     for stem, annotation in found.items():
         try:
             with open_slide(stems[stem], image_mpp) as slide:
+                sources.append(f"{stems[stem].name} {slide.fingerprint}")
                 cuts[stem] = _cuts(slide, annotation, about.mpp, patch_px, stems[stem])
                 faults += _no_nuclei(slide, annotation, stems[stem])
         except DataError as error:
@@ -110,7 +114,8 @@ def prepare_qupath(
                     instances, types = _painted(outlines, [name for _, name in near], names, box)
                     yield Drawn(slide.read(box, grid), instances, types)
 
-    about = replace(about, class_names=names, notes={**about.notes, "patch_px": patch_px})
+    notes = {**about.notes, "patch_px": patch_px, SOURCES: digest_of(src, (), *sources)}
+    about = replace(about, class_names=names, notes=notes)
     return write_patch_set(dst, about, index, (patch_px, patch_px), patches)
 
 
