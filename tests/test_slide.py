@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, VLWholeSlideMicroscopyImageStorage, generate_uid
 
-from wsipipe.errors import SlideError
+from wsipipe.errors import ResolutionError, SlideError
 from wsipipe.geometry import Box
 from wsipipe.readers import OpenSlideReader, Picture, TiledTiff
 from wsipipe.slide import open_slide
@@ -101,7 +101,7 @@ def test_a_given_mpp_that_no_slide_has_is_refused(tiny_slide, mpp):
 
 def test_a_slide_without_mpp_is_refused_with_the_remedy(tmp_path, make_svs):
     path = make_svs(tmp_path / "no_mpp.svs", texture(300, 300), mpp=None)
-    with pytest.raises(SlideError, match=UNSTATED) as caught:
+    with pytest.raises(ResolutionError, match=UNSTATED) as caught:
         open_slide(path)
     assert str(path) in str(caught.value)
     with open_slide(path, 0.5) as slide:

@@ -9,13 +9,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from typer.testing import CliRunner
 
 from wsipipe.cli import app
-from wsipipe.errors import DataError
+from wsipipe.errors import DataError, SlideError
+from wsipipe.slide import open_slide
 from wsipipe.training.check import check, draw_sheet
 from wsipipe.training.miniature import make_conic, make_pannuke
+from wsipipe.training.sources import qupath
 from wsipipe.training.sources.cellvit import prepare_cellvit, read_label
 from wsipipe.training.sources.conic import TYPES, prepare_conic
 from wsipipe.training.sources.image_masks import prepare_image_masks
@@ -410,6 +413,53 @@ def test_qupath_regions_are_read_at_the_resolution_asked_for(tmp_path):
     patches = prepare_qupath(tmp_path / "src", tmp_path / "dst", ABOUT, 128, HALF, image_mpp=0.5)
     assert [patch.name for patch in patches.index] == ["a_20_0", "b_20_0"]
     assert (patches.instances[0] == 1).sum() == 400  # 10 px at 0.5 are 20 at 0.25
+
+
+def test_the_resolution_of_images_that_do_not_say_it_is_not_that_of_the_others(tmp_path):
+    src = write_qupath(tmp_path / "src", NUCLEI)
+    write_qupath(src, NUCLEI, "b")
+    tags = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", "metadata": None}  # 0.5 µm per pixel
+    tifffile.imwrite(src / "b.tif", cv2.imread(str(src / "b.png"))[..., ::-1], photometric="rgb", **tags)
+    (src / "b.png").unlink()
+    patches = prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25)
+    first = {patch.name[0]: number for number, patch in reversed(list(enumerate(patches.index)))}
+    assert [patch.name[0] for patch in patches.index] == ["a"] * 6 + ["b"] * 20  # 140 x 100 and 280 x 200 px at 0.25
+    assert (patches.instances[first["a"]] == 1).sum() == 100
+    assert (patches.instances[first["b"]] == 1).sum() == 400
+    assert patches.images[first["b"]][50, 30].tolist() == [90, 50, 140]
+
+
+def test_another_resolution_given_makes_another_set_where_it_is_used(tmp_path):
+    region = feature(square(0, 0, 64), "Region*")
+    for stem in ("a", "b"):
+        src = write_qupath(tmp_path / "src", [*NUCLEI, region], stem)
+    about = replace(ABOUT, mpp=0.5)
+    prepare_qupath(src, tmp_path / "dst", about, 32, HALF, image_mpp=0.5)
+    with pytest.raises(DataError, match="other data or settings"):
+        prepare_qupath(src, tmp_path / "dst", about, 32, HALF, image_mpp=0.5001)
+
+
+def test_a_slide_that_fails_to_open_is_not_tried_at_another_resolution(tmp_path, monkeypatch):
+    def failing(path, mpp=None):
+        if mpp is None:
+            raise SlideError(f"{path} cannot be opened")
+        return open_slide(path, mpp)
+
+    monkeypatch.setattr(qupath, "open_slide", failing)
+    for stem in ("a", "b"):
+        src = write_qupath(tmp_path / "src", NUCLEI, stem)
+    with pytest.raises(DataError, match=r"a\.png cannot be opened"):
+        prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25)
+
+
+def test_an_image_that_cannot_be_read_is_refused_whatever_resolution_is_given(tmp_path):
+    src = write_qupath(tmp_path / "src", NUCLEI)
+    write_qupath(src, NUCLEI, "b")
+    (src / "b.png").write_text("no image")
+    with pytest.raises(DataError, match=r"b\.png"):
+        prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25)
+    with pytest.raises(DataError, match="--image-mpp 1000 is no resolution"):
+        prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=1000)
 
 
 def test_faults_of_qupath_annotations_come_all_at_once(tmp_path):

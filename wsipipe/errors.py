@@ -12,6 +12,10 @@ class SlideError(WsipipeError):
     """A slide file that cannot be opened, read or placed in micrometres."""
 
 
+class ResolutionError(SlideError):
+    """A slide file that states no resolution, or one that cannot be its own."""
+
+
 class ConfigError(WsipipeError):
     """A setting, a sheet or a region file that does not say what it should."""
 

@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
-from wsipipe.errors import SlideError, one_line
+from wsipipe.errors import ResolutionError, SlideError, one_line
 from wsipipe.geometry import Box, Grid, partition
 from wsipipe.readers import Reader, open_reader
 from wsipipe.resample import resampled
@@ -75,7 +75,7 @@ class Slide:
         self.mpp_x0, self.mpp_y0, self.mpp_source = _resolution(path, reader, mpp)
         size_um = (self.width_px0 * self.mpp_x0, self.height_px0 * self.mpp_y0)
         if max(size_um) > MOST_UM:
-            raise SlideError(
+            raise ResolutionError(
                 f"{path} would be {size_um[0] / 1e4:.0f} x {size_um[1] / 1e4:.0f} cm large; it is damaged, "
                 "or its resolution is wrong: pass --mpp"
             )
@@ -209,7 +209,9 @@ def open_slide(path: str | Path, mpp: float | None = None, *, skips_unread: bool
     Raises
     ------
     SlideError
-        If the file is missing, damaged or of no known format, or if nobody says its resolution.
+        If the file is missing, damaged or of no known format.
+    ResolutionError
+        If nobody says its resolution, or the one that it states cannot be.
     """
     if mpp is not None and not GIVEN_MPP[0] <= mpp <= GIVEN_MPP[1]:
         raise SlideError(f"--mpp {mpp} is no resolution of a slide; give µm per pixel, e.g. --mpp 0.25 for a 40x scan")
@@ -264,7 +266,7 @@ def _resolution(path: str, reader: Reader, mpp: float | None) -> tuple[float, fl
         if low <= x <= high and low <= y <= high:
             return x, y, source
     unit = f"{tagged[0]} µm/px is no slide's" if tagged[0] else ""
-    raise SlideError(
+    raise ResolutionError(
         f"{path} does not state its resolution{unit and f' ({unit})'}; pass --mpp, e.g. --mpp 0.25 for a 40x scan"
     )
 

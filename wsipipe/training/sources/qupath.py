@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 
-from wsipipe.errors import DataError, SlideError, one_line
+from wsipipe.errors import DataError, ResolutionError, SlideError, one_line
 from wsipipe.geometry import Box
 from wsipipe.slide import Slide, open_slide
 from wsipipe.training.data import UNKNOWN_TYPE, Patch, PatchSet
@@ -85,9 +85,11 @@ def prepare_qupath(
         faults.append(f"there are nuclei of the classes {foreign}, which are not among {list(names[1:])}")
 
     cuts: dict[str, list[Box]] = {}
+    given = False
     for stem, annotation in found.items():
         try:
-            with open_slide(stems[stem], image_mpp) as slide:
+            with _opened(stems[stem], image_mpp) as slide:
+                given |= slide.mpp_source == "given"
                 sources.append(f"{stems[stem].name} {slide.fingerprint}")
                 cuts[stem] = _cuts(slide, annotation, about.mpp, patch_px, stems[stem])
                 faults += _no_nuclei(slide, annotation, stems[stem])
@@ -102,7 +104,7 @@ def prepare_qupath(
 
     def patches() -> Iterator[Drawn]:
         for stem, path in stems.items():
-            with open_slide(path, image_mpp) as slide:
+            with _opened(path, image_mpp) as slide:
                 grid, offset = slide.grid(about.mpp), (slide.bounds.x0, slide.bounds.y0) if slide.bounds else (0, 0)
                 nuclei = found[stem].nuclei
                 bounds = shapely.bounds([area for area, _ in nuclei]).reshape(-1, 2, 2) + offset
@@ -115,8 +117,19 @@ def prepare_qupath(
                     yield Drawn(slide.read(box, grid), instances, types)
 
     notes = {**about.notes, "patch_px": patch_px, SOURCES: digest_of(src, (), *sources)}
+    notes |= {"image_mpp": image_mpp} if given else {}
     about = replace(about, class_names=names, notes=notes)
     return write_patch_set(dst, about, index, (patch_px, patch_px), patches)
+
+
+def _opened(path: Path, image_mpp: float | None) -> Slide:
+    """A slide or image at the resolution that it states; at `image_mpp` if it states none."""
+    try:
+        return open_slide(path)
+    except ResolutionError:
+        if image_mpp is None:
+            raise
+    return open_slide(path, image_mpp)
 
 
 def read_annotation(path: Path) -> Annotation:
