@@ -27,11 +27,10 @@ from wsipipe import __version__
 from wsipipe.config import Config
 from wsipipe.device import choose_device
 from wsipipe.errors import ConfigError, DataError
-from wsipipe.metrics import UNKNOWN_TYPE, majority_types, remap_label
 from wsipipe.model.spec import ModelSpec
 from wsipipe.progress import Progress
 from wsipipe.training.data import PatchSet, Split
-from wsipipe.training.evaluate import segment_image
+from wsipipe.training.evaluate import segment_image, truth_of
 from wsipipe.training.scores import ImageScores, TypedNuclei, score_image, summarise
 from wsipipe.training.tiled import Finder, batched, find_enlarged, find_whole
 
@@ -143,14 +142,6 @@ def assess(
         confusion=_confusion(scores["strict"], len(spec.class_names)),
         shown={"best": extremes.best, "worst": extremes.worst},
     )
-
-
-def truth_of(patches: PatchSet, number: int) -> TypedNuclei:
-    """The true nuclei of an image; of unknown types where the set has none."""
-    instance_map = remap_label(np.asarray(patches.instances[number]).astype(np.int32))
-    if patches.types is None:
-        return TypedNuclei(instance_map, np.full(instance_map.max(initial=0), UNKNOWN_TYPE, np.int64))
-    return TypedNuclei(instance_map, majority_types(instance_map, patches.types[number]))
 
 
 def _found(

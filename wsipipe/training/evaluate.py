@@ -87,7 +87,7 @@ def score_images(
     with Progress(len(numbers), "images", patches.name, shown=progress) as bar:
         for number in numbers:
             found = segment_image(model, patches.images[number], patches.mpp, config or Config(), device, precision)
-            scores.append(score_image(_truth(patches, number), found, len(spec.class_names), RADIUS_UM / patches.mpp))
+            scores.append(score_image(truth_of(patches, number), found, len(spec.class_names), RADIUS_UM / patches.mpp))
             bar.advance()
     return scores
 
@@ -137,7 +137,8 @@ def _outlines(table: Path) -> Iterator[tuple[list[npt.NDArray[np.float64]], list
         yield rings, batch["type_id"].to_pylist(), batch["type_probability"].to_pylist()
 
 
-def _truth(patches: PatchSet, number: int) -> TypedNuclei:
+def truth_of(patches: PatchSet, number: int) -> TypedNuclei:
+    """The true nuclei of an image; of unknown types where the set has none."""
     instance_map = remap_label(np.asarray(patches.instances[number]).astype(np.int32))
     if patches.types is None:
         return TypedNuclei(instance_map, np.full(instance_map.max(initial=0), UNKNOWN_TYPE, np.int64))

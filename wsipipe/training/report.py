@@ -11,9 +11,10 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from wsipipe.atomic import finished
-from wsipipe.training.assess import Assessment, truth_of
+from wsipipe.training.assess import Assessment
 from wsipipe.training.check import outlined
 from wsipipe.training.data import PatchSet
+from wsipipe.training.evaluate import truth_of
 
 SIDE_PX, GAP_PX, CELL_PX, LABEL_PX = 320, 8, 64, 150
 ROWS = (
