@@ -1,11 +1,14 @@
 """What a feature of QuPath's GeoJSON outlines, and its class."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import shapely
 
 from wsipipe.objects import class_of, is_region, outline_of
+from wsipipe.training.sources.qupath import read_annotation
 
 CELL = shapely.box(0, 0, 30, 30)
 NUCLEUS = shapely.box(10, 10, 20, 20)
@@ -38,3 +41,12 @@ def test_regions_are_told_from_nuclei_by_their_class(name: str) -> None:
     assert is_region(name)
     assert not is_region(f"{name} of interest")
     assert not is_region("")
+
+
+def test_annotations_to_learn_from_have_classes_however_they_are_written(tmp_path: Path) -> None:
+    classes = ["Tumor", {"names": ["Tumor", "Positive"]}, {"name": "Region"}]
+    objects = [feature(properties={"classification": kind}) for kind in classes]
+    (tmp_path / "a.geojson").write_text(json.dumps(objects))
+    annotation = read_annotation(tmp_path / "a.geojson")
+    assert [name for _, name in annotation.nuclei] == ["Tumor", "Tumor Positive"]
+    assert len(annotation.regions) == 1

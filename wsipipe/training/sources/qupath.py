@@ -13,6 +13,7 @@ import shapely
 
 from wsipipe.errors import DataError, ResolutionError, SlideError, one_line
 from wsipipe.geometry import Box
+from wsipipe.objects import class_of, is_region, outline_of
 from wsipipe.slide import Slide, open_slide
 from wsipipe.training.data import UNKNOWN_TYPE, Patch, PatchSet
 from wsipipe.training.paint import pixels_within
@@ -20,7 +21,6 @@ from wsipipe.training.sources.own_images import Splits, class_names_of, first_of
 from wsipipe.training.write import SOURCES, Description, Drawn, digest_of, windows, write_patch_set
 
 Array = npt.NDArray[Any]
-REGION = "region*"  # QuPath's own class for areas to look into; QuPath writes the star
 RECTANGULAR = 0.98  # share of its box that a region must fill
 LARGEST_UM2 = 5000.0  # of a nucleus, a disc of 80 µm; what is larger was drawn to some other end
 
@@ -152,15 +152,13 @@ def read_annotation(path: Path) -> Annotation:
     regions: list[shapely.Polygon] = []
     for number, feature in enumerate(features):
         try:
-            area = shapely.geometry.shape(feature.get("nucleusGeometry") or feature["geometry"])
-            classification = (feature.get("properties") or {}).get("classification") or {}
-            name = str(classification.get("name") or " ".join(classification.get("names") or []) or "")
+            area, name = outline_of(feature), class_of(feature)
         except (ValueError, TypeError, KeyError, AttributeError, shapely.errors.ShapelyError) as error:
             raise DataError(f"{path}, object {number}, has no geometry that can be read: {one_line(error)}") from error
         parts = [part for part in shapely.get_parts(shapely.make_valid(area)) if part.geom_type == "Polygon"]
         if not parts:
             raise DataError(f"{path}, object {number}, is a {area.geom_type}; nuclei and regions are closed shapes")
-        if name.lower() in (REGION, REGION.rstrip("*")):
+        if is_region(name):
             regions += parts
         else:
             nuclei.append((max(parts, key=lambda part: part.area), name))
