@@ -93,7 +93,7 @@ def _mosaic(windows: Sequence[Array], rng: Rng) -> Array:
 def _field(rng: Rng) -> Array:
     """One colour, from glass to dark, with clouds of any size and noise of any grain."""
     colour = rng.uniform(200, 250, 3) if rng.random() < 0.3 else rng.uniform(60, 250, 3)
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         colour[:] = colour.mean()
     picture = np.broadcast_to(colour, (SIDE_PX, SIDE_PX, 3)).astype(np.float32)
     for sigma in rng.uniform(1, 60, int(rng.integers(0, 3))):
@@ -105,7 +105,7 @@ def _field(rng: Rng) -> Array:
         grain = cv2.GaussianBlur(grain, (0, 0), rng.uniform(0.4, 1.5))
     if rng.random() < 0.3:
         grain = grain[..., :1]
-    field: Array = np.clip(picture + rng.uniform(0, 30) * grain / grain.std(), 0, 255).astype(np.uint8)
+    field: Array = np.clip(picture + rng.uniform(0, 45) * grain / grain.std(), 0, 255).astype(np.uint8)
     return field
 
 
