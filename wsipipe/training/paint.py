@@ -21,6 +21,7 @@ def pixels_within(outline: npt.NDArray[np.float64], shape: tuple[int, ...]) -> t
     4
     """
     # skimage counts what lies on an edge as inside, on either side of it; OpenCV all pixels that an edge touches.
-    x, y = np.asarray(outline, np.float64).T - 0.5 - HAIR
+    # Moved unequally in x and y, an outline has no edge left through centres, whatever its slope.
+    x, y = np.asarray(outline, np.float64).T - 0.5 - np.array([[HAIR], [HAIR**2]])
     rows_and_columns: tuple[npt.NDArray[Any], ...] = draw.polygon(y, x, shape)
     return rows_and_columns
