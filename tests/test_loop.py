@@ -382,7 +382,7 @@ def test_training_starts_as_the_equal_of_a_narrower_network(discs, tmp_path):
     assert wide == pytest.approx(narrow, rel=0.02)
     with pytest.raises(ConfigError, match="cannot be widened"):
         train(config(discs, settings={"dim": 96}, **still, widen_from=best), tmp_path / "odd")
-    others = write_set(tmp_path / "others", class_names=("background", "round"))
+    others = write_set(tmp_path / "others")
     with pytest.raises(ConfigError, match="only a network of the same classes can be widened"):
         train(config(others, **wider, **still), tmp_path / "others-run")
 

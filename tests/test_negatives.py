@@ -3,8 +3,10 @@
 import json
 
 import numpy as np
+import pytest
 from made_patches import CLASSES, write_set
 
+from wsipipe.errors import DataError
 from wsipipe.training import negatives
 from wsipipe.training.colour import dyes_mixed
 from wsipipe.training.data import PatchSet
@@ -36,6 +38,16 @@ def test_the_pictures_are_the_same_each_time_and_say_that_nothing_is_there(tmp_p
     assert len({image.tobytes() for image in first.images}) == 8
     assert [patch.split for patch in first.index] == ["validation"] + ["train"] * 7
     assert "discs" in json.loads((tmp_path / "a/dataset.json").read_text())["source"]
+
+
+def test_pictures_made_of_images_that_were_changed_since_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(negatives, "COUNT", 8)
+    folder = write_set(tmp_path / "discs", side=256)
+    negatives.write_negatives(tmp_path / "a", [PatchSet.open(folder)], CLASSES)
+    assert len(negatives.write_negatives(tmp_path / "a", [PatchSet.open(folder)], CLASSES)) == 8
+    np.save(folder / "images.npy", 255 - np.load(folder / "images.npy"))
+    with pytest.raises(DataError, match="was prepared from other sources, or these were changed since"):
+        negatives.write_negatives(tmp_path / "a", [PatchSet.open(folder)], CLASSES)
 
 
 def test_dyes_change_places_and_glass_stays_glass():

@@ -103,7 +103,8 @@ def compare(true: OutlinedNuclei, found: OutlinedNuclei, radius_px0: float) -> d
     judged = np.ones(len(found_at), bool)
     judged[on_found[kinds[0][on_true] == UNKNOWN_TYPE]] = False
     paired = np.column_stack([kinds[0][pairs[:, 0]], kinds[1][pairs[:, 1]]])
-    for number, name in enumerate(names, UNKNOWN_TYPE + 1):
+    for name in names:
+        number = numbers[name]
         of_type = _subset(overlaps, kinds[0] == number, (kinds[1] == number) & judged)
         scores[name] = _scores(of_type, type_detection(paired, kinds[0][missed], kinds[1][alarms], number))
     return scores

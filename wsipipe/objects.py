@@ -8,7 +8,13 @@ REGION = "region*"  # QuPath's own class for areas to look into; QuPath writes t
 
 
 def outline_of(feature: dict[str, Any]) -> shapely.Geometry:
-    """What an object outlines; of a cell its nucleus, not its border, where it has one."""
+    """What an object outlines, level-0 px from the corner of the slide's bounds; of a cell its nucleus, if it has one.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError, AttributeError or shapely.errors.ShapelyError
+        If it has no geometry that can be read.
+    """
     return shapely.geometry.shape(feature.get("nucleusGeometry") or feature["geometry"])
 
 

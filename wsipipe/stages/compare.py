@@ -1,6 +1,5 @@
 """How well two sets of nuclei agree: tables, GeoJSON or painted masks, in any combination."""
 
-import csv
 import gzip
 import json
 import logging
@@ -22,6 +21,7 @@ from wsipipe.atomic import finished
 from wsipipe.comparison import OutlinedNuclei, Scores, compare, to_table
 from wsipipe.errors import ConfigError, DataError, StoreError, WsipipeError, one_line
 from wsipipe.folder import record_of, write_record
+from wsipipe.mask_table import read_mask_table
 from wsipipe.objects import class_of, is_region, outline_of
 from wsipipe.outlines import trace_outlines
 from wsipipe.rings import closed_rings
@@ -316,27 +316,12 @@ def _pixels_of(labels: npt.NDArray[np.int32], ids: npt.NDArray[np.int64]) -> lis
 def _mask_types(path: Path, ids: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
     for place in (path.with_suffix(".csv"), path.parent.parent / "types" / f"{path.stem}.csv"):
         if place.exists():
-            types = _type_table(place)
+            rows = read_mask_table(place, "type")
+            if untold := [row.line for row in rows if row.value is None]:
+                raise DataError(f"{place}, line {untold[0]}, tells no type; leave the nucleus out if it is not known")
+            types = {row.number: row.value or "" for row in rows}
             return np.array([types.get(i, "") for i in ids.tolist()], str)
     return np.full(ids.size, "")
-
-
-def _type_table(path: Path) -> dict[int, str]:
-    types: dict[int, str] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if not {"id", "type"} <= set(rows.fieldnames or ()):
-                raise DataError(f"{path} does not begin with the columns id,type")
-            for row in rows:
-                if not (row["id"] or "").strip().isdecimal() or row["type"] is None:
-                    raise DataError(f"{path}, line {rows.line_num}, is not the number of a nucleus and its type")
-                if (number := int(row["id"])) in types:
-                    raise DataError(f"{path}: the id {number} repeats; give each nucleus one type")
-                types[number] = row["type"]
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as a table of id and type: {one_line(error)}") from error
-    return types
 
 
 def _outlined(path: Path, outlines: npt.NDArray[np.object_], types: npt.NDArray[np.str_]) -> OutlinedNuclei:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from wsipipe.training.colour import dyes_mixed
 from wsipipe.training.data import Patch, PatchSet
-from wsipipe.training.write import Description, Drawn, write_patch_set
+from wsipipe.training.write import SOURCES, Description, Drawn, digest_of, write_patch_set
 
 Array = npt.NDArray[Any]
 Rng = np.random.Generator
@@ -34,7 +34,7 @@ def write_negatives(dst: Path, sets: Sequence[PatchSet], class_names: tuple[str,
     Raises
     ------
     DataError
-        If `dst` was made of something else.
+        If `dst` was made of something else, or `sets` were changed since.
     """
     about = Description(
         name="negatives",
@@ -42,7 +42,7 @@ def write_negatives(dst: Path, sets: Sequence[PatchSet], class_names: tuple[str,
         class_names=class_names,
         source="made; windows without nuclei of " + ", ".join(patches.name for patches in sets),
         licence="as those sets",
-        notes={"count": COUNT, "seed": SEED},
+        notes={"count": COUNT, "seed": SEED, SOURCES: digest_of(dst, (), *(patches.fingerprint for patches in sets))},
     )
     names = [f"negative-{i:03d}" for i in range(COUNT)]
     index = [Patch(name, name, "train" if i % VALIDATES else "validation") for i, name in enumerate(names)]

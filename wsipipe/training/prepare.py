@@ -8,7 +8,7 @@ import csv
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from wsipipe.atomic import partial_of
 from wsipipe.errors import DataError
+from wsipipe.mask_table import read_mask_table
 from wsipipe.training.data import FORMAT, UNKNOWN_TYPE, Patch, PatchSet
 from wsipipe.training.negatives import write_negatives
 from wsipipe.training.write import SOURCES, already_there, digest_of
@@ -150,20 +151,12 @@ def _fitting(path: Path, image: Array, shape: tuple[int, ...]) -> Array:
     return image
 
 
-def _read_column(path: Path, column: str) -> Iterable[tuple[int, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [(int(row["id"]), row[column]) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} must be a table of id and {column}: {type(error).__name__}: {error}") from error
-
-
 def _paint_types(mask: Array, path: Path, class_names: tuple[str, ...]) -> Array:
     """Type of every pixel; nuclei that the table leaves out are of unknown type."""
     of_id = np.full(int(mask.max()) + 1, UNKNOWN_TYPE, np.uint8)
     of_id[0] = 0
-    for number, name in _read_column(path, "type"):
-        if name not in class_names[1:] or not 0 < number < len(of_id):
+    for _, number, name in read_mask_table(path, "type"):
+        if name is None or name not in class_names[1:] or not 0 < number < len(of_id):
             raise DataError(f"{path}: nucleus {number} of type {name!r} is not in the mask or not a class of this set")
         of_id[number] = class_names.index(name)
     return of_id[mask]
@@ -173,7 +166,7 @@ def _paint_trust(mask: Array, path: Path) -> Array:
     """False within the nuclei that the table does not vouch for."""
     of_id = np.zeros(int(mask.max()) + 1, bool)
     of_id[0] = True
-    for number, trusted in _read_column(path, "trusted"):
+    for _, number, trusted in read_mask_table(path, "trusted"):
         if not 0 < number < len(of_id) or trusted not in ("0", "1"):
             raise DataError(f"{path}: nucleus {number} is not in the mask, or trusted is not 0 or 1")
         of_id[number] = trusted == "1"

@@ -68,7 +68,7 @@ class Progress:
         """
         score = scores[config.best_by]
         better = score <= self.best if config.best_by == "loss" else score >= self.best
-        if not (better or not math.isfinite(self.best)):
+        if math.isfinite(self.best) and not better:
             self.waited += 1
             self.ended = config.patience is not None and self.waited >= config.patience
             return False

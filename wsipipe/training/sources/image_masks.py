@@ -1,6 +1,5 @@
 """One's own images with instance masks and tables of types."""
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsipipe.errors import DataError, one_line
+from wsipipe.mask_table import read_mask_table
 from wsipipe.training.data import UNKNOWN_TYPE, Patch, PatchSet
 from wsipipe.training.sources.own_images import Splits, class_names_of, first_of, images_of
 from wsipipe.training.write import SOURCES, Description, Drawn, digest_of, windows, write_patch_set
@@ -100,20 +100,12 @@ def _read_labels(path: Path) -> Array:
 
 def _type_table(path: Path) -> dict[int, str]:
     """Type of every nucleus that the table gives one."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(int(row["id"]), (row["type"] or "").strip()) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} must be a table of id and type: {type(error).__name__}: {error}") from error
-    table = dict(rows)
-    if len(table) < len(rows):
-        twice = sorted({number for number, _ in rows if sum(other == number for other, _ in rows) > 1})
-        raise DataError(f"{path}: the ids {twice} repeat")
+    rows = [(row.number, row.value) for row in read_mask_table(path, "type") if row.value]
     if background := sorted(number for number, name in rows if name.lower() == "background"):
         raise DataError(
             f"{path}: the ids {background} have the type background; give them another, or none if it is not known"
         )
-    return {number: name for number, name in rows if name}
+    return dict(rows)
 
 
 def _mask_faults(
