@@ -16,6 +16,10 @@ class ResolutionError(SlideError):
     """A slide file that states no resolution, or one that cannot be its own."""
 
 
+class DamageError(SlideError):
+    """A place of a slide file that cannot be read, although the file is there and still the same."""
+
+
 class ConfigError(WsipipeError):
     """A setting, a sheet or a region file that does not say what it should."""
 

@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
-from wsipipe.errors import ResolutionError, SlideError, one_line
+from wsipipe.errors import DamageError, ResolutionError, SlideError, one_line
 from wsipipe.geometry import Box, Grid, partition
 from wsipipe.readers import Reader, open_reader
 from wsipipe.resample import resampled
@@ -81,6 +81,7 @@ class Slide:
             )
         self.bounds = _bounds(reader.properties)
         self.fingerprint = _fingerprint(path, reader.sizes[0])
+        self._changed = f"{path} was changed while it was read; run the same command again"
 
     def __enter__(self) -> "Slide":
         return self
@@ -124,8 +125,10 @@ class Slide:
 
         Raises
         ------
-        SlideError
+        DamageError
             If the file cannot be read there, after further attempts, unless such places are skipped.
+        SlideError
+            If the file is gone, or another one than was opened.
         """
         pixels = np.full((*box.shape, 3), 255, np.uint8)
         finest = min(grid.scale_x, grid.scale_y)
@@ -137,7 +140,7 @@ class Slide:
         def read_level(part: Box) -> npt.NDArray[np.uint8]:
             try:
                 return self._region(level, part, RETRIES_S)
-            except SlideError as error:
+            except DamageError as error:
                 if not self.skips_unread:
                     raise
                 log.warning("%s; what cannot be read there is taken for white", error)
@@ -155,10 +158,7 @@ class Slide:
                 return reader.region(level, part)
             except Exception as error:  # each library has its own
                 if pause is None:
-                    raise SlideError(
-                        f"{self.path} cannot be read at level {level}, x {part.x0} to {part.x1}, "
-                        f"y {part.y0} to {part.y1}, it is damaged or incomplete there: {one_line(error)}"
-                    ) from error
+                    raise self._failure(reader, level, part, error) from error
             time.sleep(pause)
             self._reopen(reader)
         raise AssertionError("the last attempt returns or raises")
@@ -174,9 +174,24 @@ class Slide:
                 return
             if not same:
                 reader.close()
-                raise SlideError(f"{self.path} was changed while it was read; run the same command again")
+                raise SlideError(self._changed)
             self._replaced.append(failed)  # other threads may still be in it
             self._reader = reader
+
+    def _failure(self, reader: Reader, level: int, part: Box, error: Exception) -> SlideError:
+        """What is wrong with the file: gone, another one, or damaged at a place."""
+        try:
+            same = _fingerprint(self.path, reader.sizes[0]) == self.fingerprint
+        except Exception as lost:  # noqa: BLE001 - each file system has its own
+            return SlideError(
+                f"{self.path} can no longer be read: {one_line(lost)}; run the same command again once it can"
+            )
+        if not same:
+            return SlideError(self._changed)
+        return DamageError(
+            f"{self.path} cannot be read at level {level}, x {part.x0} to {part.x1}, "
+            f"y {part.y0} to {part.y1}, it is damaged or incomplete there: {one_line(error)}"
+        )
 
     def _readable(self, level: int, part: Box) -> npt.NDArray[np.uint8]:
         """What can be read of a part, cell by cell; the rest is white and noted."""
@@ -187,7 +202,7 @@ class Slide:
             cell = whole.clipped(part)
             try:
                 pixels[cell.within(part).slices] = self._region(level, cell, (0.0,))
-            except SlideError:
+            except DamageError:
                 edges = (cell.x0, cell.y0, cell.x1, cell.y1)
                 with self._lock:
                     self._unread.add(Box(*(round(edge * downsample) for edge in edges)))
