@@ -15,6 +15,7 @@ from wsipipe.model.adapter import Extractor, Injector, Interaction, SpatialPrior
 from wsipipe.model.attention import Size
 from wsipipe.model.decoder import Decoder, Pyramid, Widths
 from wsipipe.model.encoder import GRID_PX, grid_of, make_encoder
+from wsipipe.model.prior import TaughtPrior
 
 Variant = Literal["published", "paper"]
 ClassToken = Literal["bypass", "attend"]
@@ -34,7 +35,7 @@ class Features(NamedTuple):
 
 
 class AdaptedViT(nn.Module):
-    """A ViT and its adapter: (B, `channels`, H, W) to features of D channels at 1/2, 1/4, 1/8 and 1/16.
+    """A ViT and its adapter: (B, 3 `cell_px`², H, W) to features of D channels at 1/2, 1/4, 1/8 and 1/16.
 
     Parameters
     ----------
@@ -58,8 +59,10 @@ class AdaptedViT(nn.Module):
         Where the injectors start; wins over the variant.
     tissue_classes : int
         Outputs of the tissue head on the class token; 0 for none.
-    channels : int
-        Of the image.
+    cell_px : int
+        Side, px, of the cells whose RGB the channels are.
+    prior : str or None
+        A CNN that adds to the adapter's features, see `TaughtPrior`.
     """
 
     def __init__(
@@ -83,11 +86,13 @@ class AdaptedViT(nn.Module):
         class_token: ClassToken | None = None,
         gamma: float | None = None,
         tissue_classes: int = 0,
-        channels: int = 3,
+        cell_px: int = 1,
+        prior: str | None = None,
     ) -> None:
         super().__init__()
         if variant not in _BY_VARIANT:
             raise ValueError(f"variant must be 'published' or 'paper', not {variant!r}")
+        channels = 3 * cell_px**2
         self.vit = make_encoder(
             backbone,
             backbone_settings,
@@ -107,6 +112,7 @@ class AdaptedViT(nn.Module):
         start = _BY_VARIANT[variant][1] if gamma is None else gamma
         self.level_embed = nn.Parameter(torch.empty(3, dim))
         self.spm = SpatialPrior(prior_width, dim, channels)
+        self.prior = TaughtPrior(prior, (prior_width, dim, dim), cell_px) if prior else None
 
         def extractor() -> Extractor:
             return Extractor(dim, attention_heads, attention_points, attention_ratio, ffn_ratio, drop_path)
@@ -133,6 +139,8 @@ class AdaptedViT(nn.Module):
         h, w = grid = grid_of(image)
         sizes: tuple[Size, ...] = ((4 * h, 4 * w), (2 * h, 2 * w), (h, w))
         stem, *levels = self.spm(image)
+        if self.prior is not None:
+            stem, *levels = (x + more for x, more in zip((stem, *levels), (*self.prior(image), 0), strict=True))
         c = torch.cat(
             [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed, strict=True)],
             dim=1,
@@ -189,7 +197,7 @@ class CellVTA(nn.Module):
     ) -> None:
         super().__init__()
         self.cell_px = cell_px
-        self.encoder = AdaptedViT(channels=3 * cell_px**2, **encoder)
+        self.encoder = AdaptedViT(cell_px=cell_px, **encoder)
         self.decoder = Decoder(self.encoder.vit.dim, decoder_widths, classes, cell_px=cell_px)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

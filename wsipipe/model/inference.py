@@ -11,9 +11,11 @@ Zero padding makes a constant that is added before a convolution show at the bor
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -23,6 +25,7 @@ from wsipipe.model.cellvit import CellViT
 from wsipipe.model.cellvta import CellVTA, to_cells, to_pixels
 from wsipipe.model.decoder import Branch, Decoder
 from wsipipe.model.encoder import Encoder
+from wsipipe.model.prior import TaughtPrior
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +65,8 @@ def prepare_for_inference(
         for part in prepared.modules():
             if isinstance(part, nn.Sequential):
                 _fold(part)
+            elif isinstance(part, TaughtPrior):
+                _fold_blocks(part.cnn)
     device = torch.device(device)
     for part in prepared.modules():
         if isinstance(part, Encoder):
@@ -336,6 +341,17 @@ def _fold(sequence: nn.Sequential) -> None:
     for place, (conv, norm) in enumerate(_neighbours(sequence)):
         if isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
             sequence[place], sequence[place + 1] = _fused(conv, norm), nn.Identity()
+
+
+def _fold_blocks(cnn: nn.Module) -> None:
+    """The same in a CNN of timm, whose norms hold the activation after them and stand beside their convolutions."""
+    for block in list(cnn.modules()):
+        parts = list(block.named_children())
+        for (_, conv), (place, norm) in pairwise(parts):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNormAct2d):
+                fused = _fused(conv, norm)
+                conv.weight, conv.bias = fused.weight, fused.bias
+                setattr(block, place, norm.act)
 
 
 def _neighbours(sequence: nn.Sequential) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -4,7 +4,7 @@ Nothing here opens a file; `wsipipe.model.weights` does.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,13 @@ _CELLVTA: Rules = [
     (r"^(decoder\..*)\.block\.", r"\1."),
 ]
 _SAM_ENCODER: Rules = [(r"^image_encoder\.", ""), (r"\.mlp\.lin([12])\.", r".mlp.fc\1.")]
+
+# Blocks of EfficientNet-PyTorch: its layers -> timm's, with a convolution that expands before the depthwise one or not.
+_EXPANDING = {
+    "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}  # fmt: skip
+_PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}  # of the ViTs in use; no shape tells it
 OUR_ENCODER = "encoder.vit."
@@ -91,6 +98,27 @@ def encoder_state(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
     if any(key.startswith("image_encoder.") for key in state):
         state = {_renamed(key, _SAM_ENCODER): value for key, value in state.items() if key.startswith("image_encoder.")}
     return dict(state) if "patch_embed.proj.weight" in state else None
+
+
+def prior_state(content: Mapping[str, Any], blocks: Sequence[int]) -> dict[str, Tensor] | None:
+    """Tensors of an EfficientNet under timm's names, from a file of timm or EfficientNet-PyTorch; None if it is none.
+
+    `blocks` is how many there are in each of its stages, which the latter numbers in one row.
+    """
+    state = _state_of(content)
+    if "_conv_stem.weight" not in state:
+        return dict(state) if "conv_stem.weight" in state else None
+    places = [f"blocks.{stage}.{block}" for stage, count in enumerate(blocks) for block in range(count)]
+    renamed = {}
+    for key, value in state.items():
+        if found := re.match(r"_blocks\.(\d+)\.(_\w+)\.(\w+)$", key):
+            number, layer, kind = int(found[1]), found[2], found[3]
+            names = _EXPANDING if f"_blocks.{number}._expand_conv.weight" in state else _PLAIN
+            if number < len(places) and layer in names:
+                renamed[f"{places[number]}.{names[layer]}.{kind}"] = value
+        else:
+            renamed[re.sub(r"^_bn0\.", "bn1.", re.sub(r"^_conv_stem\.", "conv_stem.", key))] = value
+    return renamed
 
 
 def _state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from wsipipe.atomic import finished
 from wsipipe.errors import ModelError
 from wsipipe.model.encoder import Encoder
+from wsipipe.model.prior import TaughtPrior
 from wsipipe.model.registry import SPECS, build
 from wsipipe.model.spec import ModelSpec
-from wsipipe.model.upstream import encoder_state, recognise, with_counters
+from wsipipe.model.upstream import encoder_state, prior_state, recognise, with_counters
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +226,34 @@ def load_encoder(encoder: Encoder, source: str | Path) -> None:
     check_weights(path, encoder, weights)
     encoder.load_state_dict(weights, strict=True)
     log.info("encoder: %d tensors from %s", len(weights), source)
+
+
+def load_prior(prior: TaughtPrior, path: str | Path) -> None:
+    """Give the CNN of a prior pretrained weights.
+
+    Parameters
+    ----------
+    path : path
+        A file of timm (`.safetensors`, `.pth`) or of EfficientNet-PyTorch (`.pth`) with this CNN's weights. Layers
+        above those that the prior uses are left out.
+
+    Raises
+    ------
+    ModelError
+        If there is no such file, or it is the weights of another CNN.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path} is no file; give the one that holds the weights of {prior.name}")
+    found = prior_state(read_weights(path) if _is_safetensors(path) else read_pickle(path), prior.blocks)
+    if found is None:
+        raise ModelError(
+            f"{path} holds no CNN that wsipipe knows; expected is {prior.name}, of timm or EfficientNet-PyTorch"
+        )
+    weights = {key: value for key, value in found.items() if key in prior.cnn.state_dict()}
+    check_weights(path, prior.cnn, weights)
+    prior.cnn.load_state_dict(weights)
+    log.info("prior: %d tensors from %s", len(weights), path)
 
 
 def _from_hub(name: str) -> dict[str, Tensor]:

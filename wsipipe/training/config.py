@@ -45,6 +45,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     encoder: str | None = Field(
         None, description="what the ViT starts with: a file of UNI, SAM or timm, or timm's name"
     )
+    prior: Path | None = Field(None, description="file of what the CNN beside the adapter starts with, of timm's kind")
     start_from: Path | None = Field(
         None,
         description="shipped model, checkpoint, ours or upstream's, or a run's last.pt: its weights that fit are taken",

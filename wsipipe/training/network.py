@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from wsipipe.errors import ConfigError
 from wsipipe.model.encoder import GRID_PX, Encoder
+from wsipipe.model.prior import TaughtPrior
 from wsipipe.model.registry import SPECS, build
 from wsipipe.model.spec import ModelSpec
-from wsipipe.model.weights import find_checkpoint, load_encoder, open_checkpoint, read_pickle
+from wsipipe.model.weights import find_checkpoint, load_encoder, load_prior, open_checkpoint, read_pickle
 from wsipipe.training.config import VARIANT_SETTINGS, TrainConfig
 from wsipipe.training.widening import widen
 
@@ -67,7 +68,7 @@ def start_network(spec: ModelSpec, config: TrainConfig) -> nn.Module:
 
 
 def _take_weights(network: nn.Module, spec: ModelSpec, config: TrainConfig) -> None:
-    """Start from other weights: a narrower network's, the ViT's (`encoder`), or all that fit (`start_from`)."""
+    """Start from other weights: a narrower network's, all that fit (`start_from`), the ViT's (`encoder`), the CNN's."""
     own = network.state_dict()
     if config.widen_from is not None:
         narrow, narrow_spec = open_checkpoint(find_checkpoint(config.widen_from))
@@ -90,6 +91,11 @@ def _take_weights(network: nn.Module, spec: ModelSpec, config: TrainConfig) -> N
         if not isinstance(vit, Encoder):
             raise ConfigError(f"{config.model} has no ViT that could start with {config.encoder}; leave encoder out")
         load_encoder(vit, config.encoder)
+    if config.prior is not None:
+        prior = getattr(getattr(network, "encoder", None), "prior", None)
+        if not isinstance(prior, TaughtPrior):
+            raise ConfigError(f"{config.model} has no CNN that could start with {config.prior}; leave prior out")
+        load_prior(prior, config.prior)
 
 
 def _weights(path: Path) -> Mapping[str, Any]:
