@@ -194,7 +194,7 @@ def test_an_interrupted_run_says_how_to_go_on(number, code, tiny, oracle, tmp_pa
         time.sleep(0.05)
     time.sleep(0.5)
     os.kill(process.pid, number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == code, err
     assert "run the same command again to go on" in err
     assert "Traceback" not in err

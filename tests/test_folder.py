@@ -87,7 +87,7 @@ def test_a_second_segment_on_a_folder_refuses_at_once_and_names_the_first(tiny, 
 
     def while_at_work(*arguments_of_stage, **options):  # the first has just begun: nothing is written yet
         command = [sys.executable, "-c", SECOND, str(Path(__file__).parent), *arguments]
-        seconds.append(subprocess.run(command, capture_output=True, text=True, check=False, timeout=120))
+        seconds.append(subprocess.run(command, capture_output=True, text=True, check=False, timeout=240))
         return find_tissue(*arguments_of_stage, **options)
 
     monkeypatch.setattr("wsipipe.stages.segment.find_tissue", while_at_work)

@@ -24,7 +24,7 @@ HARNESS = Path(__file__).with_name("fuzz.py")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="inputs are read in forked processes")
 def test_every_reader_refuses_damaged_files_or_answers_rightly(tmp_path):
     command = [sys.executable, str(HARNESS), "--inputs", "400", "--first", "1000000", "--findings", str(tmp_path / "f")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["inputs"] >= 375  # where there are no real slides, these are left out

@@ -40,7 +40,7 @@ def said(process: subprocess.Popen[str]) -> str:
 
 
 def ended(process: subprocess.Popen[str]) -> None:
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
 
 
 def test_as_many_processes_as_devices_get_distinct_ones(tmp_path):

@@ -259,7 +259,7 @@ here.run(Path(sys.argv[2]), here.Oracle(kill))
 """
     out = tmp_path / "maps.zarr"
     command = [sys.executable, "-W", "error", "-c", script, str(Path(__file__).parent), str(out), how]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stderr
     assert not out.exists()
     committed = MapStore.open(out, unfinished=True).committed

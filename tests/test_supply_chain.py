@@ -88,6 +88,6 @@ def test_no_network_is_used_at_import_or_run(tiny, oracle, tmp_path) -> None:
     command += ["--model", str(oracle), "-o", str(tmp_path / "out"), "--device", "cpu"]
     if shutil.which("unshare") and not subprocess.run(["unshare", "-n", "true"], check=False).returncode:
         command = ["unshare", "-n", *command]  # not even what is below Python has one
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=580)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "12 nuclei" in done.stdout

@@ -14,7 +14,7 @@ HARNESS = Path(__file__).with_name("torture.py")
 
 def tortured(*options: str) -> dict[str, dict[str, int]]:
     done = subprocess.run(
-        [sys.executable, str(HARNESS), *options], capture_output=True, text=True, check=False, timeout=280
+        [sys.executable, str(HARNESS), *options], capture_output=True, text=True, check=False, timeout=580
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])

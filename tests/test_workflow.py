@@ -258,7 +258,7 @@ def test_the_second_of_two_runs_is_refused_by_snakemake_itself(workflow):
         time.sleep(0.05)
     second = workflow.run()
     (workflow.faults / "tissue").unlink()
-    said, _ = first.communicate(timeout=120)
+    said, _ = first.communicate(timeout=240)
     assert first.returncode == 0, said
     assert second.returncode == 1
     assert "Directory cannot be locked" in second.stdout
