@@ -6,9 +6,9 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from dask.distributed import LocalCluster
@@ -181,7 +181,7 @@ def test_an_interrupted_run_says_how_to_go_on(number, code, tiny, oracle, tmp_pa
     script = (
         "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import conftest; from wsipipe import cli;"
         "from wsipipe.model import registry;"
-        "slow = type('Slow', (conftest.ColourOracle,), {'forward': lambda self, x: (time.sleep(0.2),"
+        "slow = type('Slow', (conftest.ColourOracle,), {'forward': lambda self, x: (time.sleep(2.0),"
         " conftest.ColourOracle.forward(self, x))[1]});"
         "registry.ARCHITECTURES['oracle'] = slow; cli.main()"
     )
@@ -239,13 +239,13 @@ def test_where_nobody_watches_other_settings_mean_a_fresh_start(tiny, oracle, tm
     assert (code, "3 nuclei" in said, "starting afresh" in caplog.text) == (0, True, True), said + err
 
 
-def test_where_nobody_watches_one_waits_for_the_other(tiny, oracle, tmp_path, capfd, caplog):
+def test_where_nobody_watches_one_waits_for_the_other(tiny, oracle, tmp_path, capfd, caplog, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     lock = Lock(out / "tissue.png")
     code, _, err = wsipipe(capfd, "tissue", tiny.path, "-o", out)
     assert (code, "is in use by process" in err) == (1, True)
-    threading.Timer(1.0, lock.release).start()
+    monkeypatch.setattr("wsipipe.lock.time", SimpleNamespace(sleep=lambda _: lock.release()))
     code, said, _ = wsipipe(capfd, "tissue", tiny.path, "-o", out, "--unattended")
     assert (code, "mm² of tissue" in said, "waiting for it" in caplog.text) == (0, True, True)
 

@@ -78,7 +78,7 @@ def test_a_grid_covers_the_slide_to_half_a_pixel(width, height, mpp0, mpp):
     right, bottom = grid.to_px0((grid.width, grid.height))
     assert grid.width == 1 or abs(right - width) <= 0.5001 * grid.scale_x
     assert grid.height == 1 or abs(bottom - height) <= 0.5001 * grid.scale_y
-    assert grid.mpp == pytest.approx(mpp, rel=0.02)
+    assert mpp == pytest.approx(grid.mpp, rel=0.02 + 1e-9)
     assert grid.pixel_um2 == pytest.approx(grid.mpp**2)
 
 

@@ -207,7 +207,10 @@ def fail_at(call: int) -> Callable[[int, torch.Tensor], None]:
     return before
 
 
-def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsipipe.device.MOST_NETWORKS", 1)  # so that calls come in the order of batches
     out = tmp_path / "maps.zarr"
     with pytest.raises(RuntimeError, match="the network broke") as caught:
         run(out, Oracle(fail_at(4)))
@@ -268,7 +271,11 @@ here.run(Path(sys.argv[2]), here.Oracle(kill))
     assert files(out) == files(undisturbed)
 
 
-def test_an_interrupted_run_keeps_what_it_has_computed(tmp_path: Path, undisturbed: Path) -> None:
+def test_an_interrupted_run_keeps_what_it_has_computed(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsipipe.device.MOST_NETWORKS", 1)  # so that calls come in the order of batches
+
     def before(call: int, _: torch.Tensor) -> None:
         if call == 4:
             raise KeyboardInterrupt
@@ -360,7 +367,7 @@ def test_a_full_disk_stops_the_run_and_names_the_place(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match="No space left") as caught:
         run(out)
     assert "writing: the tile at x" in caught.value.__notes__[0]
-    assert written[1] in MapStore.open(out, unfinished=True).missing
+    assert MapStore.open(out, unfinished=True).committed == {written[0]}  # in order: none after the one that failed
 
 
 def test_too_little_room_is_told_before_the_first_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +424,9 @@ def test_a_single_tile_out_of_memory_is_told_with_the_remedy(tmp_path: Path) -> 
         run(tmp_path / "maps.zarr", Oracle(before))
 
 
-def test_an_answer_that_is_no_number_is_never_stored(tmp_path: Path) -> None:
+def test_an_answer_that_is_no_number_is_never_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsipipe.device.MOST_NETWORKS", 1)  # so that calls come in the order of batches
+
     def before(call: int, x: torch.Tensor) -> None:
         if call == 2:
             x[1] = torch.nan
@@ -467,7 +476,7 @@ def test_the_summary_names_the_bottleneck(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO, logger="wsipipe"):
         summary = run(tmp_path / "maps.zarr", slide=SlowSlide(), readers=1, tissue=DrawnTissue([[1]]), progress=True)
     assert summary.bottleneck == "readers"
-    assert summary.seconds_readers > 0.5 * summary.seconds
+    assert summary.seconds_readers > 1
     assert (summary.tiles, summary.chunks) == (35, 12)
     assert summary.megapixels == GRID.width * GRID.height / 1e6
     assert "the bottleneck is the readers" in caplog.messages[-1]

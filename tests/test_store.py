@@ -323,6 +323,25 @@ def test_a_reader_follows_a_store_that_is_finished_under_its_hands(tmp_path: Pat
     assert same(reader.read(META.chunk_box(2)), some_maps(META.chunk_box(2)))
 
 
+def test_a_store_that_is_finished_while_a_reader_looks_for_its_log_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, original = tmp_path / "maps.zarr", Path.read_text
+    with begin(path) as store:
+        reader = MapStore.open(path, unfinished=True)
+        for index in store.missing:
+            store.write_chunk(index, some_maps(META.chunk_box(index)))
+
+        def read_text(file: Path, *rest: str, **options: str) -> str:
+            if file.name == "commits" and not path.exists():
+                store.finish()
+            return original(file, *rest, **options)
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        assert same(reader.read(META.chunk_box(2)), some_maps(META.chunk_box(2)))
+    assert path.exists()
+
+
 def test_threads_that_share_a_reader_see_no_holes_while_the_store_is_finished(tmp_path: Path) -> None:
     whole = META.grid.box
     for attempt in range(10):

@@ -417,7 +417,10 @@ def _sha256(array: npt.NDArray[Any]) -> str:
 
 def _read_commits(path: Path) -> dict[int, int]:
     """Index and checksum of every finished chunk."""
-    text = path.read_text(encoding="ascii", errors="replace") if path.exists() else ""
+    try:
+        text = path.read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:  # not begun; or the store got its final name since it was looked for
+        text = ""
     sums = {}
     for line in text[: text.rfind("\n") + 1].splitlines():  # a torn last line was not committed
         found = re.fullmatch(r"(\d{1,9}) ([0-9a-f]{8})", line)

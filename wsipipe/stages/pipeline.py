@@ -96,6 +96,7 @@ class Pipeline:
         self._grid, self._geometry = store.meta.grid, store.meta.geometry
         self._open: tuple[int, Maps] | None = None  # the chunk under way; the writer's thread alone touches it
         self._placed = 0
+        self._failed = False  # to write a chunk, or still at it
 
     def all(self, batches: Iterable[list[Item]], readers: int, networks: int, threads: int, progress: Progress) -> None:
         """Read, compute and store all batches: `readers` threads, `networks` batches at once that share `threads`.
@@ -194,7 +195,9 @@ class Pipeline:
             self._on_chunk(index)  # type: ignore[misc]
 
     def _add(self, items: list[Item], maps: list[npt.NDArray[np.generic]]) -> None:
-        """Put tiles into their chunks; commit each chunk that has all its tiles."""
+        """Put tiles into their chunks; commit each chunk that has all its tiles, in order, up to one that fails."""
+        if self._failed:
+            return
         for item, nuclei, offsets, types in zip(items, *maps, strict=True):
             if item.chunk in self._before:  # it only stands in the batch so that the batch is the same as ever
                 continue
@@ -209,7 +212,9 @@ class Pipeline:
             self._spent.pixels += core.width * core.height
             if self._placed == item.chunk_tiles:
                 with _told("writing", [item], self._grid):
+                    self._failed = True
                     self._store.write_chunk(item.chunk, chunk, self._unread(box))
+                    self._failed = False
                     self._announce([item.chunk])
                 self._open = None
 

@@ -6,8 +6,9 @@ Processes and clusters are those of `distributed`, which gives what a lost worke
 import concurrent.futures
 import logging
 import time
-from asyncio import CancelledError
+from asyncio import CancelledError as TaskCancelledError
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, Protocol
@@ -23,7 +24,9 @@ PATIENCE_S = 300.0  # without a single worker; batch systems take their time to 
 
 
 class _Pool(Protocol):
-    """Where functions are called."""
+    """Where functions are called; `name` is for messages."""
+
+    name: str
 
     def parallel(self) -> int:
         """How many calls are worked on at once."""
@@ -70,7 +73,11 @@ class Workers:
                     return
                 for future in self._pool.first_done(list(under_way)):
                     block = under_way.pop(future)
-                    yield block, _result(future, block)
+                    try:
+                        result = _result(future, block)
+                    except (CancelledError, TaskCancelledError) as error:  # nobody here cancels what he waits for
+                        raise _gone(self._pool.name) from error
+                    yield block, result
         finally:
             self._pool.cancel(list(under_way))
 
@@ -144,7 +151,7 @@ def hired(scheduler: str, workers: int | None) -> Iterator[Workers]:
 
 class _Threads:
     def __init__(self, pool: concurrent.futures.ThreadPoolExecutor, count: int) -> None:
-        self._pool, self._count = pool, count
+        self._pool, self._count, self.name = pool, count, "threads"
 
     def parallel(self) -> int:
         return self._count
@@ -164,7 +171,7 @@ class _Cluster:
     """A cluster of `distributed`, whose workers may come and go."""
 
     def __init__(self, client: Any, name: str) -> None:
-        self._client, self._name = client, name
+        self._client, self.name = client, name
 
     def parallel(self) -> int:
         return max(1, self._threads())
@@ -186,14 +193,14 @@ class _Cluster:
                 if self._threads():
                     manned = now
                 elif now - manned < PATIENCE_S:
-                    log.warning("the Dask scheduler at %s has no worker; waiting for one", self._name)
+                    log.warning("the Dask scheduler at %s has no worker; waiting for one", self.name)
                 else:
                     raise StoreError(
-                        f"the Dask scheduler at {self._name} has had no worker for {PATIENCE_S:.0f} s; "
+                        f"the Dask scheduler at {self.name} has had no worker for {PATIENCE_S:.0f} s; "
                         "start workers and run the same command again to go on"
                     ) from None
-            except CancelledError as error:
-                raise self._gone() from error
+            except (CancelledError, TaskCancelledError) as error:
+                raise _gone(self.name) from error
 
     def cancel(self, futures: Iterable[Any]) -> None:
         if self._client.status == "running":
@@ -201,13 +208,12 @@ class _Cluster:
 
     def _threads(self) -> int:
         if self._client.status != "running":
-            raise self._gone()
+            raise _gone(self.name)
         try:
             return sum(self._client.nthreads().values())
         except OSError as error:
-            raise self._gone() from error
+            raise _gone(self.name) from error
 
-    def _gone(self) -> StoreError:
-        return StoreError(
-            f"the Dask scheduler at {self._name} is gone; start it and run the same command again to go on"
-        )
+
+def _gone(name: str) -> StoreError:
+    return StoreError(f"the Dask scheduler at {name} is gone; start it and run the same command again to go on")
