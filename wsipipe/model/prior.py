@@ -1,7 +1,7 @@
 """What a CNN that has seen a million photographs adds to the convolutions of the adapter.
 
 CellVTA's adapter learns its convolutions from nothing, and leaves it to a foundation model to know what edges, blobs
-and textures are. Where the ViT is small and untaught, a small taught CNN gives that for a tenth of the arithmetic.
+and textures are. Where the ViT is small and untaught, a small taught CNN gives that for a fraction of the arithmetic.
 """
 
 from typing import Any
