@@ -476,7 +476,7 @@ def test_the_summary_names_the_bottleneck(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO, logger="wsipipe"):
         summary = run(tmp_path / "maps.zarr", slide=SlowSlide(), readers=1, tissue=DrawnTissue([[1]]), progress=True)
     assert summary.bottleneck == "readers"
-    assert summary.seconds_readers > 1
+    assert summary.seconds_readers > 0.5 * summary.seconds
     assert (summary.tiles, summary.chunks) == (35, 12)
     assert summary.megapixels == GRID.width * GRID.height / 1e6
     assert "the bottleneck is the readers" in caplog.messages[-1]

@@ -322,7 +322,7 @@ def test_an_error_names_its_block_and_keeps_its_kind(scheduler: str) -> None:
 
 def test_a_block_that_kills_its_workers_is_given_up_and_named() -> None:
     with hired("processes", 1) as workers, pytest.raises(StoreError, match=r"block 3 was given up.*fewer --workers"):
-        list(workers.results(_die, [(3, (3,))]))
+        list(workers.results(_die, [(i, (i,)) for i in range(5)]))
 
 
 @pytest.mark.parametrize(("scheduler", "workers"), [("threads", 0), ("mpi", None), ("tcp://127.0.0.1:1", None)])
