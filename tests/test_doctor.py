@@ -2,14 +2,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numba
 import psutil
 import pytest
+import torch
+from torch import nn
 
 from wsipipe import doctor
 from wsipipe.doctor import Check, examine, usable_memory
 from wsipipe.model import weights
+from wsipipe.model.inference import prepare_for_inference
 
 
 def check(name: str, folder: Path = Path()) -> Check:
@@ -28,7 +32,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_machine_that_runs_these_tests_has_what_reading_and_the_network_need() -> None:
     checks = {found.name: found for found in examine()}
-    for name in ("Python", "wsipipe", "PyTorch", "device", "CPUs", "OpenSlide", "codecs"):
+    for name in ("Python", "wsipipe", "PyTorch", "device", "CPUs", "OpenSlide", "codecs", "arithmetic"):
         assert checks[name].verdict == "ok", checks[name]
     assert checks["device"].text.endswith(("fp32", "bf16", "fp16"))
 
@@ -48,6 +52,22 @@ def test_weights_or_sums_that_are_missing_fail_with_the_reason(shipped: Path, mi
     (shipped.parent / missing).unlink()
     assert check("weights").verdict == "fail"
     assert missing.removesuffix(".safetensors") in check("weights").text
+
+
+def test_arithmetic_that_computes_something_else_fails_with_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check("arithmetic").verdict == "ok"
+
+    def wrong_in_bf16(network: nn.Module, *where: Any) -> nn.Module:
+        prepared = prepare_for_inference(network, *where)
+        if where[1] == torch.bfloat16:
+            prepared.encoder.vit.patch_embed.proj.weight.mul_(-1)
+        return prepared
+
+    monkeypatch.setattr("wsipipe.device.choose_precision", lambda *_: "bf16")
+    monkeypatch.setattr("wsipipe.model.inference.prepare_for_inference", wrong_in_bf16)
+    found = check("arithmetic")
+    assert found.verdict == "fail"
+    assert "--precision fp32" in found.text
 
 
 def test_a_library_that_does_not_load_fails_and_the_other_checks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,14 @@ import pytest
 import torch
 from shrunk_models import shown_px, shrunk
 from torch import nn
+from torch.nn import functional
 
 from wsipipe.model.attention import gather_levels, sample_levels
 from wsipipe.model.inference import prepare_for_inference
 from wsipipe.model.registry import SPECS, build
+from wsipipe.model.weights import load_model, shipped_models
 
+SHIPPED = list(shipped_models())
 PARITY = Path(__file__).parent / "data" / "parity"
 
 
@@ -50,6 +53,18 @@ def test_a_prepared_network_gives_the_same_and_leaves_the_other_as_it_is(name):
     norms = [part for part in prepared.modules() if isinstance(part, nn.BatchNorm2d)]
     if spec.architecture in ("cellvta", "cellvit"):
         assert len(norms) == ("cellvta" in name)  # that of the coarsest level, which three convolutions read
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_patches_are_embedded_as_the_convolution_would(name, dtype):
+    encoder = load_model(name)[0].encoder.vit
+    image = torch.randn(2, 12, 64, 96)
+    with torch.no_grad():
+        wanted = functional.conv2d(image, *encoder.patch_embed.proj.parameters(), stride=16).flatten(2).mT
+        found = encoder.to(dtype)._embedded(image.to(dtype)).float()
+    atol = {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype] * wanted.abs().max().item()
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["cellvta-nano", "cellvta-sam-b", "cellvit-256"])

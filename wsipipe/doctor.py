@@ -16,6 +16,7 @@ Verdict = Literal["ok", "warn", "fail"]
 GIB = 2**30
 LITTLE_MEMORY = 4 * GIB  # what a slide may take beside the model
 LITTLE_DISK = 10 * GIB  # the maps of a big 40x slide
+ROUNDED = 0.005  # by which a probability may differ between fp32 and `--precision auto`, on the mean: seen are 0.0001
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ def examine(folder: Path = Path()) -> list[Check]:
         "codecs": _codecs,
         "numba": _numba,
         "weights": _weights,
+        "arithmetic": _arithmetic,
     }
     checks = []
     for name, look in looks.items():
@@ -155,3 +157,37 @@ def _weights() -> tuple[Verdict, str]:
     if digest != weights.shipped_sha256(path):
         raise ModelError(f"{path} is not as shipped, its sha256 is {digest}; install wsipipe anew")
     return "ok", f"{path.name}, sha256 {digest[:16]}"
+
+
+def _arithmetic() -> tuple[Verdict, str]:
+    """Libraries have had kernels for the newest CPUs and GPUs that compute something else: no error tells of it."""
+    import torch
+
+    from wsipipe.device import choose_device, choose_precision, torch_dtype
+    from wsipipe.maps import to_input
+    from wsipipe.model.inference import prepare_for_inference
+    from wsipipe.model.weights import DEFAULT_MODEL, load_model, shipped_models
+
+    device = choose_device()
+    precision = choose_precision("auto", device)
+    across = torch.arange(256) % 32 - 16
+    disks = (across.square() + across.square()[:, None] < 81)[None, ..., None]  # such as nuclei are
+    picture = torch.where(disks, torch.tensor([90, 60, 140]), torch.tensor([225, 190, 215])).to(torch.uint8)
+
+    def nuclei(name: str, where: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        network, spec, _ = load_model(name)
+        prepared = prepare_for_inference(network, where, dtype)
+        with torch.inference_mode():
+            pixels = to_input(picture, spec.mean, spec.std, device=where, dtype=dtype)
+            answer: torch.Tensor = prepared(pixels)["nuclei"]
+        return answer.float().cpu().softmax(1)[:, 1]
+
+    differences = [
+        (nuclei(name, device, torch_dtype(precision)) - nuclei(name, torch.device("cpu"), torch.float32)).abs().mean()
+        for name in {DEFAULT_MODEL, *shipped_models()}
+    ]
+    difference = torch.stack(differences).max().item()
+    text = f"{precision} on {device} differs from fp32 on the CPU by {difference:.1e} in the probability of a nucleus"
+    if difference <= ROUNDED:  # what is no number is not
+        return "ok", text
+    return "fail", f"{text}; give --precision fp32, and install another torch or driver"
