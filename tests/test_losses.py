@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from wsipipe.model.registry import SPECS
+from wsipipe.training.config import TrainConfig
 from wsipipe.training.losses import (
     UNKNOWN_TYPE,
     CellVTALoss,
@@ -15,6 +17,7 @@ from wsipipe.training.losses import (
     offset_error,
     offset_gradient_error,
 )
+from wsipipe.training.objectives import objective_of
 
 PARITY = Path(__file__).parent / "data/parity"
 VALUES = json.loads((PARITY / "losses.json").read_text())
@@ -190,3 +193,32 @@ def test_gradients_stay_finite_for_answers_beyond_doubt(target):
     output = {name: value.clone().requires_grad_() for name, value in output.items()}
     CellVTALoss(double_softmax=False)(output, target)[0].backward()
     assert all(torch.isfinite(value.grad).all() for value in output.values())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_exact_gradient_sees_offsets_fall_along_their_own_direction_and_only_so(exact):
+    rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    inside = torch.zeros(1, 1, 16, 16)
+    inside[..., 4:12, 4:12] = 1
+    along, across = torch.stack([columns, rows])[None], torch.stack([rows, columns])[None]
+
+    def error(offsets):
+        return offset_gradient_error(offsets, torch.zeros_like(offsets), inside, exact=exact).item()
+
+    assert error(along if exact else across) == pytest.approx(errors_of_a_slope_of_one())
+    assert error(across if exact else along) == pytest.approx(0, abs=1e-9)
+
+
+def errors_of_a_slope_of_one():
+    taps = torch.arange(-2.0, 3.0)
+    squares = taps.square()
+    return (squares / (squares + squares[:, None]).clamp(min=1)).sum().square().item()
+
+
+def test_an_experiment_takes_the_exact_gradient_unless_it_is_as_published(output, target):
+    def total(**settings):
+        config = TrainConfig(data={"x": 1.0}, steps=1, **settings)
+        return objective_of(SPECS["cellvta-nano"], config).loss(output, target)[1]["offsets_gradient"].item()
+
+    assert total(hv_gradient="published") == total(variant="published") == total(variant="paper")
+    assert total() == total(variant="published", hv_gradient="exact") != total(variant="published")

@@ -14,6 +14,7 @@ from wsipipe.training.data import Split
 PUBLISHED: dict[str, Any] = {
     "recipe": "published",
     "hv_variant": "published",
+    "hv_gradient": "published",
     "double_softmax": True,
     "batch_size": 8,
     "learning_rate": 3e-4,
@@ -66,6 +67,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     recipe: str | dict[str, Any] = Field("default", description="augmentation: a name, or written out")
     crop_px: int = Field(256, gt=0, multiple_of=16)
     hv_variant: Literal["published", "exact"] = "exact"
+    hv_gradient: Literal["published", "exact"] = Field(
+        "exact",
+        description="whether the loss sees offsets fall along their own direction, or across it as published",
+    )
     trains: Literal["all", "adapter", "decoder"] = Field("all", description="what of the network learns")
     losses: dict[str, float] = Field({}, description="weights of losses that differ from the published")
     double_softmax: bool = Field(False, description="softmax twice for the Tversky losses, as published")

@@ -56,21 +56,24 @@ def offset_error(predicted: Tensor, target: Tensor, weight: Tensor | None = None
     return ((predicted - target).square() * weight).sum() / (2 * weight.sum()).clamp(min=1)
 
 
-def offset_gradient_error(predicted: Tensor, target: Tensor, nuclei: Tensor, weight: Tensor | None = None) -> Tensor:
+def offset_gradient_error(
+    predicted: Tensor, target: Tensor, nuclei: Tensor, weight: Tensor | None = None, *, exact: bool = False
+) -> Tensor:
     """Mean squared difference of the gradients of HV maps (B, 2, H, W) inside nuclei, (B, 1, H, W) of 0 and 1.
 
     A gradient counts where all 5x5 pixels it is made of do.
 
     Notes
     -----
-    As in the published code of HoVer-Net (vqdang/hover_net) and all that came after it, the horizontal map is
-    differentiated along rows and the vertical map along columns.
+    In the published code of HoVer-Net (vqdang/hover_net) and all that came after it, the horizontal map is
+    differentiated from row to row and the vertical map from column to column, across the direction in which they fall
+    where two nuclei touch. `exact` takes that direction, which is the one that post-processing looks along.
     """
     if weight is not None:
         nuclei = nuclei * -functional.max_pool2d(-weight, 5, stride=1, padding=2)
     along = torch.arange(-2.0, 3.0, device=predicted.device)
     a, b = torch.meshgrid(along, along, indexing="ij")
-    kernels = torch.stack([a, b])[:, None] / (a * a + b * b + 1e-15)
+    kernels = torch.stack([b, a] if exact else [a, b])[:, None] / (a * a + b * b + 1e-15)
     difference = functional.conv2d(predicted - target, kernels, padding=2, groups=2)
     return (difference.square() * nuclei).sum() / (2 * nuclei.sum() + 1e-8)
 
@@ -98,12 +101,16 @@ class CellVTALoss(nn.Module):
     double_softmax : bool
         True as published: both Tversky losses see the softmax of the softmax, which keeps their probabilities
         between 0.27 and 0.73 (two channels). False: they see the probabilities.
+    exact_gradient : bool
+        See `offset_gradient_error`; False as published.
     """
 
-    def __init__(self, weights: LossWeights | None = None, *, double_softmax: bool = True) -> None:
+    def __init__(
+        self, weights: LossWeights | None = None, *, double_softmax: bool = True, exact_gradient: bool = False
+    ) -> None:
         super().__init__()
         self.weights = weights or LossWeights()
-        self.double_softmax = double_softmax
+        self.double_softmax, self.exact_gradient = double_softmax, exact_gradient
 
     def forward(self, output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Total to minimise, and its parts before weighting, detached; in float32 under autocast too.
@@ -135,7 +142,7 @@ class CellVTALoss(nn.Module):
             "nuclei_dice": dice(nuclei, true_nuclei),
             "offsets_mse": offset_error(output["offsets"], target["offsets"], trusted),
             "offsets_gradient": offset_gradient_error(
-                output["offsets"], target["offsets"], true_nuclei[:, 1:], trusted
+                output["offsets"], target["offsets"], true_nuclei[:, 1:], trusted, exact=self.exact_gradient
             ),
             "types_cross_entropy": cross_entropy(types, true_types, known),
             "types_dice": dice(types, true_types, known),

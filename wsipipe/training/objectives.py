@@ -58,7 +58,8 @@ def _of_maps(spec: ModelSpec, config: TrainConfig) -> Objective:
         weights = replace(LossWeights(), **config.losses)
     except TypeError as error:
         raise ConfigError(f"losses: {error}") from error
-    loss = CellVTALoss(weights, double_softmax=config.double_softmax)
+    exact_gradient = config.hv_gradient == "exact"
+    loss = CellVTALoss(weights, double_softmax=config.double_softmax, exact_gradient=exact_gradient)
     return Objective(MapTargets(config.hv_variant), loss)
 
 
