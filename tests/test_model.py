@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from shrunk_models import SMALL_BACKBONE, shown_px, shrunk
 from timm.layers import resample_abs_pos_embed
 
@@ -354,6 +355,21 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     assert spec == SPECS["cellvta-nano"]
     assert len(digest) == 64
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_saved_again_has_the_same_bytes_and_may_be_read_by_whom_files_may(tmp_path):
+    network, spec = build(SPECS["cellvta-nano"]), SPECS["cellvta-nano"]
+    (tmp_path / "other").touch()
+    saved = []
+    for number in range(4):
+        path = tmp_path / f"{number}.safetensors"
+        save_checkpoint(path, network, spec, {"step": 3, "loss": 0.5})
+        saved.append(path.read_bytes())
+        assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert len(set(saved)) == 1
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["wsipipe_notes"]) == {"step": 3, "loss": 0.5}
+        assert set(file.keys()) == set(network.state_dict())
 
 
 def _saved(path: Path, change) -> Path:

@@ -22,7 +22,7 @@ import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -326,8 +326,18 @@ def save_checkpoint(path: Path, network: nn.Module, spec: ModelSpec, notes: dict
     """Write weights and spec as one file; it takes its name only when complete. `notes` go into the header as JSON."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     about = {SPEC_KEY: spec.to_json(), "wsipipe_notes": json.dumps(notes or {}, sort_keys=True)}
-    with finished(path) as partial:
-        save_file(tensors, partial, about)
+    header, data = _in_order(save(tensors, about))
+    with finished(path) as partial, partial.open("wb") as file:
+        file.write(header)
+        file.write(data)
+
+
+def _in_order(checkpoint: bytes) -> tuple[bytes, memoryview]:
+    """Header and tensors of a safetensors file: the same weights have the same sha256, however the library sorts."""
+    end = 8 + int.from_bytes(checkpoint[:8], "little")
+    header = json.dumps(json.loads(checkpoint[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    return len(header).to_bytes(8, "little") + header, memoryview(checkpoint)[end:]
 
 
 def sha256(path: Path) -> str:
