@@ -59,7 +59,7 @@ MILLIONS: dict[str, float] = {
     "ciscnet": 34.18,
     "pointnu-net": 161.35,
     "cellvta-nano": 2.76,
-    "cellvta-small": 3.47,
+    "cellvta-small": 11.2,
 }
 
 

@@ -314,9 +314,9 @@ SPECS: dict[str, ModelSpec] = {
         _small("cellvta-nano", dim=64, prior_width=16, decoder_widths=[16, 32, 64, 96], tile_px=1024, halo_px=56),
         _small(
             "cellvta-small",
-            dim=64,
-            prior_width=16,
-            decoder_widths=[16, 32, 64, 96],
+            dim=128,
+            prior_width=32,
+            decoder_widths=[32, 64, 128, 192],
             tile_px=512,  # with 1024 it is farther from the crops it was trained on
             halo_px=64,
             mpp=0.21,
