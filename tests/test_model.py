@@ -304,9 +304,12 @@ def test_the_class_token_takes_part_only_where_the_paper_sends_it_through():
             classes=2, decoder_widths=(8, 8, 8, 8), prior_width=8, tissue_classes=3, class_token=token, **settings
         ).eval()
         with torch.inference_mode():
+            for block in network.encoder.vit.blocks:
+                block.attn.proj.weight *= 100  # at the start a token hardly takes in what it sees
             tissue[token] = network(image)["tissue"]
-    torch.testing.assert_close(tissue["bypass"][0], tissue["bypass"][1], atol=0, rtol=0)
-    assert not torch.equal(tissue["attend"][0], tissue["attend"][1])
+    # Not to the last bit: some processors' kernels take the rows of a batch in different ways.
+    torch.testing.assert_close(tissue["bypass"][0], tissue["bypass"][1], atol=1e-6, rtol=0)
+    assert not torch.allclose(tissue["attend"][0], tissue["attend"][1], atol=1e-5, rtol=0)
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused():
