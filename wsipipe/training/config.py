@@ -69,7 +69,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     hv_variant: Literal["published", "exact"] = "exact"
     hv_gradient: Literal["published", "exact"] = Field(
         "exact",
-        description="whether the loss sees offsets fall along their own direction, or across it as published",
+        description="of CellVTA, CellViT: the loss sees offsets fall along their own direction, or across as published",
     )
     trains: Literal["all", "adapter", "decoder"] = Field("all", description="what of the network learns")
     losses: dict[str, float] = Field({}, description="weights of losses that differ from the published")
