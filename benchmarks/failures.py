@@ -4,9 +4,9 @@
 
 The tissue is that of the demonstration: the colon that scikit-image ships, in the colours of H&E. It is shown to each
 model as it is and with one thing wrong at a time: out of focus, thick, pale, inked, in its own brown stain, or told a
-false size of its pixels. NAME-failures.jpg, beside the cards by default, has the middle of the field without and with
-the outlines found, in the colours of `wsipipe evaluate`; how many there are in the whole field is written above. The
-last line is JSON: by model and condition, the nuclei found.
+false size of its pixels. NAME-failures.jpg has the middle of the field without and with the outlines found, in the
+colours of `wsipipe evaluate`; how many there are in the whole field is written above. The cards show those that
+`--out wsipipe/weights` makes. The last line is JSON: by model and condition, the nuclei found.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from skimage.filters import gaussian
 from wsipipe.atomic import finished
 from wsipipe.config import Config
 from wsipipe.demo import GLASS, MPP, draw_tissue
-from wsipipe.model.weights import SHIPPED, load_model, shipped_models
+from wsipipe.model.weights import load_model, shipped_models
 from wsipipe.training.check import COLOURS, outlined
 from wsipipe.training.evaluate import segment_image
 
@@ -92,8 +92,9 @@ def draw(model: tuple[Any, Any, str]) -> tuple[Image.Image, dict[str, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=shipped_models(), help="names of models, or files of weights")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the pictures")
+    parser.add_argument("--out", type=Path, default=Path("build"), help="folder of the pictures")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name in arguments.models:
         picture, counts[Path(name).stem] = draw(load_model(name))
