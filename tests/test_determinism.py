@@ -1,4 +1,4 @@
-"""The same slide and settings give the same nuclei, however the work is cut: with the network that ships."""
+"""The same slide and settings give the same nuclei, however the work is cut: with `cellvta-nano`."""
 
 import geopandas
 import numpy as np

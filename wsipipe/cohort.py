@@ -55,7 +55,7 @@ class CohortConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     slides: str = Field("configs/slides.tsv", description="the slide sheet")
-    model: str | None = Field(None, description="for slides whose line names none; null is the model that ships")
+    model: str | None = Field(None, description="for slides whose line names none; null is cellvta-nano")
     form: Literal["outlines", "centroids", "overview"] = Field("outlines", description="of a nucleus in the GeoJSON")
     keep_maps: bool = Field(True, description="false: delete maps.zarr as soon as its nuclei are found")
     skip_bad_tiles: bool = Field(False, description="true: take for white what cannot be read of a slide")

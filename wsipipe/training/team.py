@@ -28,9 +28,7 @@ def start_team(config: TrainConfig) -> Any:
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ImportError as error:
-        raise ConfigError(
-            "training needs accelerate; install it with: pip install 'wsipipe-cellvta[training]'"
-        ) from error
+        raise ConfigError("training needs accelerate; in the clone of wsipipe: pip install -e '.[training]'") from error
     handlers = [
         DistributedDataParallelKwargs(find_unused_parameters=True),  # what is frozen or has no loss gets no gradient
         InitProcessGroupKwargs(timeout=VALIDATION),
