@@ -81,7 +81,7 @@ def recognise(content: Mapping[str, Any], name: str) -> tuple[ModelSpec, dict[st
             return spec, weights
     if encoder_state(state) is not None:
         raise ModelError(
-            f"{name} holds the weights of an encoder alone: it can start a training (its setting 'encoder'), not find nuclei"
+            f"{name} holds the weights of an encoder alone: it can start a training ('encoder'), not find nuclei"
         )
     some = ", ".join(sorted(map(str, state))[:3]) or "nothing"
     raise ModelError(
