@@ -72,7 +72,7 @@ class Made:
                 slide=slide.name,
                 fingerprint=slide.fingerprint,
                 grid=grid,
-                geometry=TileGeometry(side, 0, 1),
+                geometry=TileGeometry(1, 0, side),  # tiles of one size, whatever the chunk
                 spec=SPEC,
                 weights_sha256="ab" * 32,
                 precision="fp32",

@@ -5,13 +5,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsipipe.device import Precision
-from wsipipe.errors import StoreError
+from wsipipe.errors import SettingsError, StoreError
 from wsipipe.geometry import Box, Grid
 from wsipipe.model.spec import ModelSpec
 from wsipipe.tiles import TileGeometry
+
+if TYPE_CHECKING:
+    from wsipipe.slide import Slide
 
 FORMAT_VERSION = 2
 
@@ -96,6 +99,15 @@ class StoreMeta:
             tissue_grid=Grid(**values["tissue_grid"]),
             tissue_settings=values["tissue"],
             config_hash=values["config_hash"],
+        )
+
+
+def require_same_resolution(path: Path, grid: Grid, slide: "Slide") -> None:
+    """Raise SettingsError if what `path` holds, on `grid`, was made when its slide was given another resolution."""
+    if (grid.mpp_x0, grid.mpp_y0) != (slide.mpp_x0, slide.mpp_y0):
+        raise SettingsError(
+            f"{path} was made with {grid.mpp_x0:g} µm/px for {slide.path}, which is now taken to have "
+            f"{slide.mpp_x0:g}; give every stage the same --mpp, or make it again with this one"
         )
 
 

@@ -48,6 +48,8 @@ class MapStore:
         The wsipipe that made them.
     wanted : dict of int to int
         Index of every chunk with tissue and its number of tiles.
+    tissue_sha256 : str
+        Of the tissue mask.
     made_ns : int
         When the store was begun; tells it from another one under the same path.
     is_finished : bool
@@ -82,7 +84,7 @@ class MapStore:
             raise self._damaged(error) from error
         self._np, self._hv, self._nc, self._tissue = arrays[:-1]
         self.wanted = {int(index): int(counts.flat[index]) for index in np.flatnonzero(counts)}
-        self._tissue_sha256: str = attributes["tissue_mask"]
+        self.tissue_sha256: str = attributes["tissue_mask"]
         self._sums = _read_commits(self._root / COMMITS)
         self._sound: set[int] = set()  # chunks whose files were compared with their sum
 
@@ -176,7 +178,7 @@ class MapStore:
                 raise self._damaged(error) from error
         if not (self._root / "zarr.json").exists():  # renamed meanwhile, as in `read`
             return self._renamed.tissue
-        if mask is None or _sha256(mask) != self._tissue_sha256:
+        if mask is None or _sha256(mask) != self.tissue_sha256:
             raise StoreError(f"the tissue mask in {self._root} is damaged; make it again with --overwrite")
         return mask
 

@@ -59,6 +59,9 @@ class NucleiMeta:
         Types in the order of `type_id`; 0 is background. Colours are RGB, 0 to 255.
     model, config, versions : dict
         Model (name, weights, source), settings and software. JSON values only.
+    maps : dict
+        What else the maps were made of: `tile_px` and `halo_px` of the network's tiles, and `tissue`, a hash of the
+        tissue with its settings and regions. Empty in tables of before it was kept.
     counts : dict of str to int
         Nuclei by type, every type but the background; filled when the table is finished.
     qc : dict of str to int
@@ -76,6 +79,7 @@ class NucleiMeta:
     model: dict[str, Any]
     config: dict[str, Any]
     versions: dict[str, Any]
+    maps: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     qc: dict[str, int] = field(default_factory=dict)
 

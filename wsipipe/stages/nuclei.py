@@ -1,9 +1,11 @@
 """Find the nuclei of finished maps, block by block under Dask, and store them as one table."""
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from wsipipe.features import BlockQC, nuclei_of_block
 from wsipipe.folder import record_of, write_record
 from wsipipe.geometry import Box
 from wsipipe.progress import Progress
+from wsipipe.provenance import require_same_resolution
 from wsipipe.seams import SeamCheck, SeamFigures
 from wsipipe.slide import Slide, open_slide
 from wsipipe.stages import budget
@@ -79,6 +82,7 @@ class NucleiRun:
         if store.meta.fingerprint != slide.fingerprint:
             raise StoreError(f"{maps} is of another slide than {slide.path}; choose another folder with --out")
         spec = store.meta.spec
+        require_same_resolution(maps, store.meta.grid, slide)
         meta = NucleiMeta(
             slide=slide.name,
             fingerprint=slide.fingerprint,
@@ -97,6 +101,7 @@ class NucleiRun:
             },
             config=config.model_dump(mode="json"),
             versions={"wsipipe": wsipipe.__version__},
+            maps=_made_of(store),
         )
         self.finished = None if overwrite else _existing(out, meta)
         if self.finished is not None:
@@ -251,12 +256,25 @@ def check_seams(table: Path, store: MapStore, config: NucleiConfig) -> SeamFigur
     return check.figures()
 
 
+def _made_of(store: MapStore) -> dict[str, Any]:
+    """What the maps depend on beside slide and model; not how they are cut into chunks, which changes no nucleus."""
+    tissue = json.dumps([store.tissue_sha256, store.meta.tissue_settings], sort_keys=True)
+    geometry = store.meta.geometry
+    return {
+        "tile_px": geometry.tile_px,
+        "halo_px": geometry.halo_px,
+        "tissue": hashlib.sha256(tissue.encode()).hexdigest()[:16],
+    }
+
+
 def _existing(out: Path, meta: NucleiMeta) -> NucleiMeta | None:
     """What a finished table says of itself, if it was made as `meta` says; refuses one that was made otherwise."""
     if not out.exists():
         return None
     there, _ = read_nuclei(out)
     ours, theirs = meta.identity(), there.identity()
+    if not there.maps:
+        ours = replace(meta, maps={}).identity()
     differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
     if differing:
         said = "; ".join(f"{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}" for key in differing[:5])

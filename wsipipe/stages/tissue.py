@@ -19,6 +19,7 @@ from wsipipe.config import TissueConfig
 from wsipipe.errors import SlideError, StoreError, one_line
 from wsipipe.folder import write_record
 from wsipipe.geometry import Box, Grid
+from wsipipe.provenance import require_same_resolution
 from wsipipe.roi import read_roi
 from wsipipe.slide import Slide
 from wsipipe.tissue import TissueMask, tissue_mask
@@ -100,7 +101,7 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
     Raises
     ------
     StoreError
-        If the file is missing, damaged, not ours, or of another slide.
+        If the file is missing, damaged, not ours, of another slide, or made at another resolution of it.
     """
     try:
         with Image.open(path) as image:
@@ -113,6 +114,7 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
             raise ValueError(f"it has format version {about['format']}, this wsipipe reads {FORMAT_VERSION}")
         if about["fingerprint"] != slide.fingerprint:
             raise StoreError(f"{path} is of another slide than {slide.path}; choose another folder with --out")
+        require_same_resolution(path, grid, slide)
         return TissueMask(mask, grid, None if region is None else shapely.from_wkt(region))
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist; make it with `wsipipe tissue`") from error
