@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,12 @@ from wsipipe.model.weights import load_model
 from wsipipe.slide import open_slide
 from wsipipe.stages.export import make_export
 from wsipipe.stages.maps import make_maps
-from wsipipe.stages.nuclei import make_nuclei
+from wsipipe.stages.nuclei import find_nuclei, make_nuclei
 from wsipipe.stages.segment import segment
-from wsipipe.stages.tissue import make_tissue, read_tissue
+from wsipipe.stages.tissue import find_tissue, make_tissue, read_tissue
+from wsipipe.stages.workers import AHEAD
+from wsipipe.store import MapStore
+from wsipipe.table import NucleiSpool, read_nuclei
 
 FILES = ("tissue.png", "nuclei.parquet", "nuclei.geojson.gz", "overlay.png")
 
@@ -117,6 +121,75 @@ def test_a_refused_run_changes_nothing(tiny, oracle, tmp_path):
     with pytest.raises(StoreError, match="tissue_mask"):
         run(tiny.path, tmp_path / "out", oracle, everywhere=True)
     assert results(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"maps": {"tile_px": 128}}, r"maps.tile_px was 96 and is now 128"), ({}, r"maps.tissue was '\w+' and is now")],
+)
+def test_nuclei_of_other_maps_are_refused_whether_the_table_is_finished_or_begun(
+    changed, named, tiny, oracle, tmp_path
+):
+    folder = ResultFolder(tmp_path / "out")
+    run(tiny.path, folder.path, oracle)
+    other = load_config(overrides=changed)
+    with open_slide(tiny.path) as slide:
+        tissue = read_tissue(folder.tissue, slide)
+        if not changed:
+            tissue = find_tissue(slide, other.tissue, everywhere=True)
+        options = {"device": "cpu", "precision": "fp32", "overwrite": True}
+        make_maps(slide, tissue, load_model(oracle), folder.maps, other, **options)
+        with pytest.raises(StoreError, match=named):
+            make_nuclei(slide, folder.maps, folder.nuclei, other.nuclei)
+        begun = NucleiSpool(folder.nuclei, read_nuclei(folder.nuclei)[0], {"chunk_px": 1, "halo_px": 1})
+        folder.nuclei.unlink()
+        with pytest.raises(StoreError, match=named):
+            make_nuclei(slide, folder.maps, folder.nuclei, other.nuclei)
+        begun.discard(folder.nuclei)
+        assert make_nuclei(slide, folder.maps, folder.nuclei, other.nuclei).meta.count == 12
+
+
+def test_a_table_of_before_it_told_of_its_maps_is_kept(tiny, oracle, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("wsipipe.stages.nuclei._made_of", lambda store: {})
+        run(tiny.path, tmp_path / "out", oracle)
+    before = results(tmp_path / "out")
+    run(tiny.path, tmp_path / "out", oracle)
+    assert results(tmp_path / "out") == before
+
+
+def test_stages_that_were_given_different_resolutions_are_refused(tiny, oracle, tmp_path):
+    folder = ResultFolder(tmp_path / "out")
+    run(tiny.path, folder.path, oracle)
+    with open_slide(tiny.path, 0.5) as slide:
+        message = r"was made with 0.25 µm/px .* now taken to have 0.5; give every stage the same --mpp"
+        with pytest.raises(StoreError, match=rf"tissue\.png {message}"):
+            read_tissue(folder.tissue, slide)
+        with pytest.raises(StoreError, match=rf"maps\.zarr {message}"):
+            make_nuclei(slide, folder.maps, folder.nuclei, Config().nuclei)
+
+
+def test_a_run_that_is_stopped_does_not_first_work_off_the_blocks_that_wait(tiny, oracle, tmp_path, monkeypatch):
+    begun: list[int] = []
+    stopped = threading.Event()
+
+    def slow(sources, core, config):
+        begun.append(core.x0)
+        stopped.wait(10)
+        return find_nuclei(sources, core, config)
+
+    monkeypatch.setattr("wsipipe.stages.nuclei.find_nuclei", slow)
+    small = load_config(overrides={"maps": {"chunk_tiles": 1, "tile_px": 128}})
+
+    def interrupted(*_, **__):
+        threading.Timer(0.5, stopped.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wsipipe.stages.segment.write_tissue", interrupted)  # the maps are all there
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.path, tmp_path / "out", oracle, small, workers=1)
+    blocks = len(MapStore.open(tmp_path / "out" / "maps.zarr").wanted)
+    assert 0 < len(begun) <= 2 * AHEAD < blocks
 
 
 def test_maps_of_another_slide_are_refused(tiny, oracle, make_svs, tmp_path):

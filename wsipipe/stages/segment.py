@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -168,6 +169,7 @@ class _NucleiBehind:
         self._arguments = (slide, folder.maps, folder.nuclei, config.nuclei)
         self._overwrite, self._scheduler, self._workers = overwrite, scheduler, workers
         self._chunks: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._given_up = threading.Event()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._run: NucleiRun | None = None
@@ -176,6 +178,8 @@ class _NucleiBehind:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # blocks that were not begun wait for the next run
+            self._given_up.set()
         self._stop()
 
     def chunk_is_there(self, index: int) -> None:
@@ -209,10 +213,16 @@ class _NucleiBehind:
             with hired(self._scheduler, self._workers) as crew:
                 there: set[int] = set()
                 waiting = {index: run.needs(index) for index in run.todo}
-                while (index := self._chunks.get()) is not None:
+                while (index := self._chunks.get()) is not None and not self._given_up.is_set():
                     there.add(index)
                     ready = [block for block, needs in waiting.items() if needs <= there]
-                    for block in run.process(ready, crew):
+                    for block in run.process(self._until_given_up(ready), crew):
                         del waiting[block]
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for this thread
             self._error = error
+
+    def _until_given_up(self, blocks: list[int]) -> Iterator[int]:
+        for block in blocks:
+            if self._given_up.is_set():
+                return
+            yield block
