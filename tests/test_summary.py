@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,14 @@ def test_records_whose_output_a_failed_job_took_away_do_not_count(tmp_path):
     (results / "a" / "nuclei.parquet").touch()
     (one,) = summarise({"a": SlideRow(slide="a", path="x")}, results, logs)
     assert (one.count, one.seconds) == (40, {"tissue": 1.0, "maps": 10.5, "nuclei": 4.0})
+
+
+def test_a_rerun_whose_maps_failed_is_not_done_by_what_the_run_before_left(tmp_path):
+    results, logs = tmp_path / "results", tmp_path / "logs"
+    made(results / "a", *(output for output in RECORDS if output != "maps.zarr"))
+    logged(logs, "a", "maps", "wsipipe: cuda:0 has too little memory\n")
+    later = (results / "a" / "nuclei.parquet").stat().st_mtime_ns + 10**9
+    os.utime(logs / "a" / "maps.log", ns=(later, later))
+    (one,) = summarise({"a": SlideRow(slide="a", path="x")}, results, logs)
+    assert (one.state, one.stage, one.message) == ("failed", "maps", "cuda:0 has too little memory")
+    assert (one.count, one.per_mm2, one.seconds) == (None, None, {"tissue": 1.0})

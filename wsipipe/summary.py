@@ -137,12 +137,11 @@ def _of_slide(name: str, group: str, folder: ResultFolder, logs: Path) -> SlideS
         "tissue": folder.tissue, "maps": folder.maps, "nuclei": folder.nuclei, "export": folder.geojson,
         "report": folder.report,
     }  # fmt: skip
-    # A record outlives its output where a job failed. Maps may have been deleted once their nuclei were found.
-    there = {stage: (output, folder.nuclei) if stage == "maps" else (output,) for stage, output in outputs.items()}
-    records = {
-        stage: _read(record_of(output)) if any(path.exists() for path in there[stage]) else {}
-        for stage, output in outputs.items()
-    }
+    # A record outlives its output where a job failed.
+    there = {**outputs, "maps": _maps_or_nuclei(folder, logs)}
+    records = {stage: _read(record_of(output)) if there[stage].exists() else {} for stage, output in outputs.items()}
+    if stage:  # what follows it is of a run before
+        records |= {following: {} for following in STAGES[STAGES.index(stage) :]}
     tissue, maps, nuclei = records["tissue"], records["maps"], records["nuclei"]
     model, seams = nuclei.get("model", {}), nuclei.get("seams", {})
     return SlideSummary(
@@ -167,8 +166,7 @@ def _state(folder: ResultFolder, logs: Path) -> tuple[State, str, str]:
     """State, and where and why a slide failed: at the first stage whose output is not there."""
     outputs = {
         "tissue": folder.tissue,
-        # Maps may have been deleted once their nuclei were found.
-        "maps": folder.maps if not folder.nuclei.exists() else folder.nuclei,
+        "maps": _maps_or_nuclei(folder, logs),
         "nuclei": folder.nuclei,
         "export": folder.geojson,
         "report": folder.report,
@@ -183,6 +181,16 @@ def _state(folder: ResultFolder, logs: Path) -> tuple[State, str, str]:
             return "running", stage, ""
         return "failed", stage, _last_words(log)
     return "done", "", ""
+
+
+def _maps_or_nuclei(folder: ResultFolder, logs: Path) -> Path:
+    """What tells that maps were made: they may be deleted once their nuclei are found, but not before a later try."""
+    log = logs / "maps.log"
+    try:
+        found = folder.nuclei.stat().st_mtime_ns
+    except FileNotFoundError:
+        return folder.maps
+    return folder.maps if log.exists() and log.stat().st_mtime_ns > found else folder.nuclei
 
 
 def _last_words(log: Path) -> str:
