@@ -275,6 +275,9 @@ def test_many_nuclei_in_one_file_are_remarked_upon(tmp_path, monkeypatch, caplog
     assert not caplog.records
     write_geojson(table, tmp_path / "whole.geojson")
     assert "--split 10" in caplog.text
+    caplog.clear()
+    write_geojson(table, tmp_path / "parts.geojson", split=12)
+    assert "parts-001.geojson will hold 12 nuclei" in caplog.text
 
 
 def test_the_same_table_gives_the_same_bytes_at_any_time_under_any_name(tmp_path):

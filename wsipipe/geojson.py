@@ -113,7 +113,7 @@ def write_geojson(
         log.warning(
             "%s will hold %d nuclei: QuPath needs about %.0f GB of memory to open it at once; --split %d writes "
             "several files",
-            path.name, meta.count, meta.count * 13e-6, MANY,
+            targets[0].name, min(rows, meta.count), min(rows, meta.count) * 13e-6, MANY,
         )  # fmt: skip
     written = dropped = 0
     slices = groupby(_slices(batches, max(1, rows)), key=itemgetter(0))
