@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +126,8 @@ def test_a_reader_that_answers_nothing_more_after_a_failure_is_opened_anew(tiny,
         original, dead = TiledTiff.region, set()
 
         def region(reader, level, box):
-            if id(reader) in dead or not box.clipped(Box(256, 256, 300, 300)).is_empty:
-                dead.add(id(reader))
+            if reader in dead or not box.clipped(Box(256, 256, 300, 300)).is_empty:
+                dead.add(reader)
                 raise ValueError("in an error state")
             return original(reader, level, box)
 
@@ -135,6 +137,90 @@ def test_a_reader_that_answers_nothing_more_after_a_failure_is_opened_anew(tiny,
     expected = whole.copy()
     expected[256:512, 256:512] = 255
     np.testing.assert_array_equal(pixels, expected)
+
+
+@pytest.fixture
+def still_open(monkeypatch):
+    """The readers that were opened and not closed, and the most that there were at once."""
+    readers, most = set(), [0]
+    original_open, original_close = wsipipe.slide.open_reader, TiledTiff.close
+
+    def opened(path):
+        reader = original_open(path)
+        readers.add(reader)
+        most[0] = max(most[0], len(readers))
+        return reader
+
+    def close(reader):
+        readers.remove(reader)  # never twice
+        original_close(reader)
+
+    monkeypatch.setattr(wsipipe.slide, "open_reader", opened)
+    monkeypatch.setattr(TiledTiff, "close", close)
+    return readers, most
+
+
+def test_many_bad_tiles_leave_no_more_readers_open_than_threads_read(tiny, monkeypatch, still_open):
+    readers, most = still_open
+    failing(monkeypatch, lambda level, index, attempt: index != 5)  # x 256 to 512, y 256 to 512
+    with open_slide(tiny.path, skips_unread=True) as slide:
+        grid = slide.grid(0.25)
+        boxes = [Box(x, y, x + 200, y + 200) for y in range(0, 768, 160) for x in range(0, 1024, 160)]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda box: slide.read(box, grid), boxes))
+        assert len(readers) == 1
+    expected = np.full_like(tiny.pixels, 255)
+    expected[256:512, 256:512] = tiny.pixels[256:512, 256:512]
+    for box, pixels in zip(boxes, found, strict=True):
+        inside = box.clipped(grid.box)
+        np.testing.assert_array_equal(pixels[inside.within(box).slices], expected[inside.slices])
+    assert not readers
+    assert most[0] <= 4 + 2  # one in use and one being opened in its stead
+
+
+@pytest.mark.parametrize("ends_by", ["failing elsewhere", "closing"])
+def test_a_reader_is_closed_when_the_last_thread_has_left_it(ends_by, tiny, monkeypatch, still_open):
+    readers, _ = still_open
+    entered, go_on = threading.Event(), threading.Event()
+    original = TiledTiff._decode
+
+    def decode(reader, level, index):
+        if index == 0:
+            entered.set()
+            assert go_on.wait(60)
+        elif index == 6:
+            raise OSError(5, "Input/output error")
+        return original(reader, level, index)
+
+    monkeypatch.setattr(TiledTiff, "_decode", decode)
+    slide = open_slide(tiny.path, skips_unread=True)
+    grid, (first,) = slide.grid(0.25), readers
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(slide.read, Box(0, 0, 200, 200), grid)
+        try:
+            assert entered.wait(60)
+            if ends_by == "failing elsewhere":
+                slide.read(Box(600, 300, 700, 400), grid)
+                assert len(readers) == 2
+            else:
+                slide.close()
+            assert first in readers
+        finally:
+            go_on.set()
+        np.testing.assert_array_equal(waiting.result(), tiny.pixels[:200, :200])
+    assert first not in readers
+    slide.close()
+    assert not readers
+
+
+def test_a_reader_is_closed_if_its_file_is_lost_as_it_is_opened_anew(tiny, monkeypatch, still_open):
+    readers, _ = still_open
+    failing(monkeypatch, lambda level, index, attempt: True)
+    with open_slide(tiny.path) as slide:
+        monkeypatch.setattr(wsipipe.slide, "_fingerprint", lambda *_: _stale())
+        with pytest.raises(SlideError, match="can no longer be read"):
+            slide.read(Box(0, 0, 9, 9), slide.grid(0.25))
+        assert len(readers) == 1
 
 
 @pytest.mark.parametrize("skips_unread", [False, True])

@@ -1,10 +1,12 @@
 """Open a slide; its resolution, its levels, and its pixels at any resolution."""
 
+import contextlib
 import hashlib
 import logging
 import re
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 
@@ -60,8 +62,8 @@ class Slide:
 
     def __init__(self, path: str, reader: Reader, mpp: float | None, *, skips_unread: bool = False) -> None:
         self._reader = reader
-        self._replaced: list[Reader] = []
-        self._lock = threading.Lock()
+        self._holds = Counter([reader])  # of each open reader: the threads in it, and one for the slide's own
+        self._lock, self._reopening = threading.Lock(), threading.Lock()
         self._unread: set[Box] = set()
         self.path, self.skips_unread = path, skips_unread
         self.name = _name(path)
@@ -92,8 +94,7 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        for reader in (self._reader, *self._replaced):
-            reader.close()
+        self._let_go(self._reader)
 
     @property
     def unread(self) -> frozenset[Box]:
@@ -153,30 +154,47 @@ class Slide:
     def _region(self, level: int, part: Box, retries_s: tuple[float, ...]) -> npt.NDArray[np.uint8]:
         """Pixels of a level; a network disk may fail once, and OpenSlide answers nothing more after any failure."""
         for pause in (*retries_s, None):
-            reader = self._reader
+            with self._lock:
+                reader = self._reader
+                self._holds[reader] += 1
             try:
                 return reader.region(level, part)
             except Exception as error:  # each library has its own
                 if pause is None:
                     raise self._failure(reader, level, part, error) from error
+            finally:
+                self._let_go(reader)
             time.sleep(pause)
             self._reopen(reader)
         raise AssertionError("the last attempt returns or raises")
 
-    def _reopen(self, failed: Reader) -> None:
+    def _let_go(self, reader: Reader) -> None:
+        """Close a reader once nobody holds it: it was replaced, or the slide closed, and no thread is in it."""
         with self._lock:
+            self._holds[reader] -= 1
+            unused = self._holds[reader] == 0
+            if unused:
+                del self._holds[reader]
+        if unused:
+            reader.close()
+
+    def _reopen(self, failed: Reader) -> None:
+        with self._reopening, contextlib.ExitStack() as opened:
             if self._reader is not failed:  # another thread did
                 return
             try:
                 reader = open_reader(self.path)
+                opened.callback(reader.close)
                 same = _fingerprint(self.path, reader.sizes[0]) == self.fingerprint
             except (SlideError, OSError):  # it may be there again for the next attempt
                 return
             if not same:
-                reader.close()
                 raise SlideError(self._changed)
-            self._replaced.append(failed)  # other threads may still be in it
-            self._reader = reader
+            opened.pop_all()
+            with self._lock:
+                self._reader = reader
+                self._holds[reader] = 1
+        self._let_go(failed)  # other threads may still be in it
 
     def _failure(self, reader: Reader, level: int, part: Box, error: Exception) -> SlideError:
         """What is wrong with the file: gone, another one, or damaged at a place."""
