@@ -111,6 +111,16 @@ def test_bad_tiles_are_skipped_if_asked_and_recorded_with_their_place(tiny, orac
     assert (again.maps.tiles, again.maps.unread_px0) == (0, summary.maps.unread_px0)
 
 
+def test_a_bad_tile_is_one_place_however_many_reads_meet_it(tiny, monkeypatch):
+    failing(monkeypatch, lambda level, index, attempt: level == 0 and index in (3, 6))
+    with open_slide(tiny.path, skips_unread=True) as slide:
+        grid = slide.grid(0.25)
+        for x in range(0, 1024, 160):
+            for y in range(0, 768, 160):
+                slide.read(Box(x, y, x + 200, y + 200), grid)
+        assert slide.unread == {Box(768, 0, 1024, 256), Box(512, 256, 768, 512)}
+
+
 def test_bad_tiles_of_the_low_resolution_that_tissue_is_found_in_are_recorded_too(tiny, oracle, tmp_path, monkeypatch):
     failing(monkeypatch, lambda level, index, attempt: (level, index) == (2, 0))
     run(tiny.path, tmp_path / "out", oracle, skips_unread=True)

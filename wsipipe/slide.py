@@ -98,7 +98,7 @@ class Slide:
 
     @property
     def unread(self) -> frozenset[Box]:
-        """Boxes of level 0 that could not be read so far and were taken for white."""
+        """Cells of a fixed grid, as boxes of level 0, where something could not be read and was taken for white."""
         with self._lock:
             return frozenset(self._unread)
 
@@ -212,16 +212,16 @@ class Slide:
         )
 
     def _readable(self, level: int, part: Box) -> npt.NDArray[np.uint8]:
-        """What can be read of a part, cell by cell; the rest is white and noted."""
+        """What can be read of a part, cell by cell; the rest is white and its cells are noted, whole."""
         pixels = np.full((*part.shape, 3), 255, np.uint8)
-        downsample = self.levels[level][2]
+        width, height, downsample = self.levels[level]
         first = Box(part.x0 // CELL_PX * CELL_PX, part.y0 // CELL_PX * CELL_PX, part.x1, part.y1)
         for whole in partition(first, CELL_PX):
             cell = whole.clipped(part)
             try:
                 pixels[cell.within(part).slices] = self._region(level, cell, (0.0,))
             except DamageError:
-                edges = (cell.x0, cell.y0, cell.x1, cell.y1)
+                edges = (whole.x0, whole.y0, min(whole.x0 + CELL_PX, width), min(whole.y0 + CELL_PX, height))
                 with self._lock:
                     self._unread.add(Box(*(round(edge * downsample) for edge in edges)))
         return pixels
