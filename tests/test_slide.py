@@ -159,16 +159,34 @@ def test_subsampled_jpeg_gives_openslides_pixels(tmp_path, make_svs, pixels, sub
         )
 
 
+def leave_out(path, page, tile, tags=("TileByteCounts",)):
+    """Let a TIFF file say of a tile that it has no bytes."""
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for name in tags:
+            tag = page(tiff).tags[name]
+            tag.overwrite([0 if n == tile else value for n, value in enumerate(tag.value)])
+
+
 def test_a_tile_that_the_scanner_left_out_is_white(tmp_path, make_svs, pixels):
     path = make_svs(tmp_path / "gap.svs", pixels, levels=1)
-    with tifffile.TiffFile(path, mode="r+b") as tiff:
-        tag = tiff.pages[0].tags["TileByteCounts"]
-        tag.overwrite([0 if n == 1 else count for n, count in enumerate(tag.value)])
+    leave_out(path, lambda tiff: tiff.pages[0], 1)
     expected = pixels.copy()
     expected[:256, 256:512] = 255
     with open_slide(path) as slide:
         assert slide.reader == "tifffile"
         np.testing.assert_array_equal(whole(slide), expected)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_tile_that_an_aperio_level_lacks_is_drawn_as_openslide_does(tmp_path, make_svs, level):
+    path = make_svs(tmp_path / "gap.svs", texture(768, 1024), levels=2)
+    leave_out(path, lambda tiff: tiff.pages[2 * level], 1)  # the second page is a thumbnail
+    with open_slide(path) as slide, openslide.OpenSlide(path) as reference:
+        for n, size in enumerate(reference.level_dimensions):
+            region = reference.read_region((0, 0), n, size)
+            expected = np.where(np.asarray(region)[..., 3:] == 0, 255, np.asarray(region)[..., :3])
+            assert (expected[:256, 256:512] == 255).all() == (level == n == 0)  # tissue, where a finer level has it
+            np.testing.assert_array_equal(whole(slide, 0.25 * 2**n), expected)
 
 
 @pytest.mark.parametrize("levels", [1, 3])

@@ -148,7 +148,10 @@ class TiledTiff:
         with contextlib.suppress(Exception):  # whatever a damaged file makes it raise: then OpenSlide reads alone
             by_size = {(page.imagewidth, page.imagelength): page for page in reversed(tiff.pages) if page.is_tiled}
             pages = [by_size[size] for size in known.sizes if size in by_size and _as_stored(by_size[size])]
-        if len(pages) < len(known.sizes):
+        # OpenSlide takes an Aperio tile without bytes for a fault of the encoder: it draws that tile from the level
+        # before, and so those of all coarser levels that cover it.
+        redrawn = known.vendor == "aperio" and len(pages) > 1 and any(0 in page.databytecounts for page in pages)
+        if len(pages) < len(known.sizes) or redrawn:
             tiff.close()
             return None
         return cls(tiff, pages, known)
