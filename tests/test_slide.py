@@ -219,6 +219,29 @@ def test_ome_tiff_is_read_with_its_physical_size(tmp_path, pixels, levels, plane
             )
 
 
+@pytest.mark.parametrize("planes", ["YXS", "CYX"])
+def test_a_tile_that_an_ome_tiff_leaves_out_is_white_at_every_level(tmp_path, pixels, planes):
+    path = tmp_path / "gap.ome.tif"
+    photometric, levels = "rgb" if planes == "YXS" else "minisblack", [pixels, pixels[::2, ::2]]
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        for n, level in enumerate(levels):
+            options = {"subfiletype": 1} if n else {"subifds": 1, "metadata": {"axes": planes}}
+            data = level if planes == "YXS" else np.moveaxis(level, -1, 0)
+            tiff.write(data, tile=(256, 256), compression="zlib", photometric=photometric, **options)
+    for n in range(2):
+        for page in range(1 if planes == "YXS" else 3):
+            tags = ("TileOffsets", "TileByteCounts")
+            leave_out(path, lambda tiff, n=n, page=page: tiff.series[0].levels[n].pages[page].aspage(), 1, tags)
+    with open_slide(path, 0.25) as slide:
+        assert (slide.reader, len(slide.levels)) == ("tiffslide", 2)
+        for n, level in enumerate(levels):
+            expected = level.copy()
+            expected[:256, 256:512] = 255
+            found = slide.read(Box(-9, -9, 500, 350), slide.grid(0.25 * 2**n))
+            np.testing.assert_array_equal(found[9:, 9:], expected[:350, :500])
+            assert (found[:9] == 255).all()
+
+
 def test_qptiff_in_rgb_is_read(tmp_path, pixels):
     path = tmp_path / "x.qptiff"
     with tifffile.TiffWriter(path) as tiff:

@@ -192,13 +192,11 @@ class TiffSlideReader:
 
     name = "tiffslide"
 
-    def __init__(self, slide: Any, axes: str, opened: contextlib.ExitStack) -> None:
-        self._opened, self._axes = opened, axes
+    def __init__(self, slide: Any, levels: list[Any], axes: str, opened: contextlib.ExitStack) -> None:
+        self._levels, self._axes, self._opened = levels, axes, opened
         self.vendor = slide.properties.get("tiffslide.vendor") or "generic-tiff"
         self.properties = {key: str(value) for key, value in slide.properties.items() if value is not None}
         self.sizes = [(int(width), int(height)) for width, height in slide.level_dimensions]
-        group = slide.zarr_group
-        self._levels = [group[str(level)] for level in range(slide.level_count)]
 
     def region(self, level: int, box: Box) -> npt.NDArray[np.uint8]:
         y, x = box.slices
@@ -265,6 +263,7 @@ def _lists_its_tiles(page: Any) -> bool:
 def _open_tiffslide(path: str) -> TiffSlideReader:
     import fsspec
     import tiffslide
+    import zarr
 
     # tifffile logs every oddity of a file, as an error; what matters is raised.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
@@ -275,17 +274,23 @@ def _open_tiffslide(path: str) -> TiffSlideReader:
                 warnings.simplefilter("ignore")  # such as "metadata parsing only partially implemented"
                 slide: Any = tiffslide.TiffSlide(file, tifffile_options={"name": Path(path).name})
                 axes = slide.properties["tiffslide.series-axes"]
-                shape, dtype = slide.zarr_group["0"].shape, slide.zarr_group["0"].dtype
-                series = slide.ts_tifffile.series[0]
+                if "tiffslide.series-composition" in slide.properties:
+                    raise ValueError("it is put together of several images")
+                series = slide.ts_tifffile.series[slide.properties.get("tiffslide.series-index", 0)]
                 if not all(_lists_its_tiles(page) for level in series.levels for page in level.pages):
                     raise ValueError("it declares more tiles than it lists")
+                # Not `slide.zarr_group`, in which a tile that the file leaves out is black.
+                white = 255 if series.dtype == np.uint8 else None  # others are refused below
+                stores = [series.aszarr(level=level, fillvalue=white) for level in range(slide.level_count)]
+                levels = [zarr.open_array(store, mode="r", zarr_format=2) for store in stores]
+                shape, dtype = levels[0].shape, levels[0].dtype
         except Exception as error:  # TiffSlide lets through whatever any of its layers raises
             raise SlideError(f"{path} cannot be opened as a slide: {one_line(error)}") from error
         opened.callback(slide.close)
         channels = shape[axes.index("S" if "S" in axes else "C")] if axes in ("YXS", "CYX") else 0
         if dtype != np.uint8 or not (channels == 3 or (channels == 4 and axes == "YXS")):
             raise SlideError(f"{path} holds {dtype} {axes} pixels of shape {shape}; a brightfield slide is 8-bit RGB")
-        return TiffSlideReader(slide, axes, opened.pop_all())
+        return TiffSlideReader(slide, levels, axes, opened.pop_all())
 
 
 def _on_white(image: Any) -> npt.NDArray[np.uint8]:
