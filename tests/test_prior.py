@@ -15,6 +15,7 @@ from wsipipe.model.registry import SPECS, build
 from wsipipe.model.weights import load_prior
 from wsipipe.training.config import TrainConfig
 from wsipipe.training.network import start_network
+from wsipipe.training.team import with_common_statistics
 
 PLAIN = SPECS["cellvta-nano"]
 WITH = replace(PLAIN, settings={**PLAIN.settings, "prior": "efficientnet_lite0"})
@@ -91,6 +92,23 @@ def test_a_prepared_network_with_a_prior_gives_the_same_without_its_norms():
         torch.testing.assert_close(fast[key], value, atol=1e-4 * max(1, value.abs().max().item()), rtol=1e-4)
     assert len([part for part in prepared.modules() if isinstance(part, nn.BatchNorm2d)]) == 1
     assert all(torch.equal(value, kept[key]) for key, value in network.state_dict().items())
+
+
+def test_batch_statistics_over_all_devices_leave_weights_and_activations_as_they_are():
+    network = build(WITH).eval()
+    with torch.no_grad():
+        for add in network.encoder.prior.adds:
+            add.weight.normal_(0, 0.1)
+    image = torch.randn(1, 3, 64, 96)
+    activations = sum(isinstance(part, nn.ReLU6) for part in network.modules())
+    norms = sum(isinstance(part, nn.BatchNorm2d) for part in network.modules())
+    with torch.inference_mode():
+        before = network(image)
+        converted = with_common_statistics(network)
+        after = converted(image)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert sum(isinstance(part, nn.SyncBatchNorm) for part in converted.modules()) == norms
+    assert sum(isinstance(part, nn.ReLU6) for part in converted.modules()) == activations > 15
 
 
 @pytest.mark.parametrize("kind", ["timm", "safetensors", "EfficientNet-PyTorch"])

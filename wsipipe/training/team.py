@@ -7,6 +7,7 @@ processes, to add up their gradients and to let one of them write.
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 from wsipipe.device import choose_device
@@ -47,9 +48,18 @@ def shared_network(network: nn.Module, team: Any) -> nn.Module:
     if team.num_processes == 1:
         return network
     if team.device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = with_common_statistics(network)
     prepared: nn.Module = team.prepare(network)
     return prepared
+
+
+def with_common_statistics(network: nn.Module) -> nn.Module:
+    """The network, of the same weights, with batch statistics over all devices.
+
+    As timm does it: torch's own conversion loses the activations that timm's CNNs have within their norms.
+    """
+    converted: nn.Module = convert_sync_batchnorm(network)
+    return converted
 
 
 def told_to_all(value: T, team: Any) -> T:
