@@ -657,6 +657,22 @@ def test_groups_are_never_divided_between_splits():
     ]
 
 
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (("p1_a", "p1_b", "p2_a"), ("p1", "p1", "p2")),
+        (("TCGA-AA-3521-01Z_roi1", "TCGA-AA-3521-01Z_roi2", "TCGA-A6-2671-01Z_roi1"), ("AA", "AA", "A6")),
+        (("TCGA-AA-3521-01Z_1", "TCGA-AA-3521-11A_1", "TCGA-AA-3522-01Z_1"), ("3521", "3521", "3522")),
+        (("p07_a", "p07_b"), ("a", "b")),
+        (("a", "b_1", "b_2"), ("a", "b", "b")),
+        (("study", "study_p1_a", "study_p1_b"), ("study", "p1", "p1")),
+        (("a_b", "a-b"), ("a_b", "a-b")),
+    ],
+)
+def test_images_are_grouped_by_the_first_part_of_their_names_that_they_do_not_all_share(names, groups):
+    assert tuple(group for group, _ in Splits(validation=0.2).of(names).values()) == groups
+
+
 @pytest.mark.parametrize(("length", "side"), [(64, 64), (65, 64), (200, 64), (128, 64)])
 def test_windows_cover_every_pixel_and_no_more(length, side):
     starts = windows(length, side)

@@ -6,6 +6,7 @@ Images may differ in size: they are cut into patches of one size, as few as cove
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ class Splits:
     ----------
     table : path of a CSV of name, group and split, optional
         Without it groups are drawn (seed 19): those for validation and for the test until they have their share of the
-        images, and a group is what precedes the first `_` or `-` of an image's name: give patients or slides that way.
+        images. A group is the first part of an image's name, up to `_` or `-`, after the leading parts that all names
+        share: p07 of p07_a and p08_a, AA of TCGA-AA-3521 and TCGA-A6-2671. An image whose name has no other part is a
+        group of its own.
     """
 
     table: Path | None = None
@@ -55,9 +58,10 @@ class Splits:
         return places
 
     def _drawn(self, names: Sequence[str]) -> dict[str, tuple[str, str]]:
-        group_of = {name: name.replace("-", "_").split("_")[0] for name in names}
-        if len(set(group_of.values())) == 1:
-            group_of = {name: name for name in names}
+        parts = {name: name.replace("-", "_").split("_") for name in names}
+        places = zip(*parts.values(), strict=False)
+        shared = sum(1 for _ in takewhile(lambda of: len(set(of)) == 1, places))  # leading parts that tell nothing
+        group_of = {name: of[shared] if len(of) > shared else name for name, of in parts.items()}
         images = {group: sum(of == group for of in group_of.values()) for group in sorted(set(group_of.values()))}
         if self.validation > 0 and len(images) < 2:
             raise DataError("a single image, patient or slide cannot train and validate; annotate a second one")
