@@ -128,7 +128,8 @@ def test_a_report_names_its_protocol_in_every_header(apart, oracle, tmp_path):
     assert "mPQ+, pooled" in text
     write_report(made, patches, tmp_path / "report")
     scores = json.loads((tmp_path / "report/scores.json").read_text())
-    assert scores["protocol"] == "segment"
+    assert (scores["protocol"], scores["split"], scores["fold"]) == ("segment", "test", None)
+    assert "on apart, test: protocol segment" in lines[0]
     assert scores["scores"]["strict"]["types"]["other"]["PQ"] == 0
     for name in ("best.png", "worst.png", "confusion.png"):
         assert cv2.imread(str(tmp_path / "report" / name)).std() > 10
@@ -141,6 +142,18 @@ def test_evaluate_is_a_command(apart, oracle, tmp_path):
     assert result.exit_code == 0, result.output
     assert "segment, strict: mPQ" in result.output
     assert (tmp_path / "out/scores.md").exists()
+
+
+def test_scores_of_a_fold_say_which(apart, oracle, tmp_path):
+    (apart / "index.csv").write_text("name,group,split,fold\n" + "".join(f"i{i},g{i},train,{i}\n" for i in range(4)))
+    given = ["evaluate", str(oracle), str(apart), "--device", "cpu", "--fold", "2", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert (written["fold"], [image["name"] for image in written["images_scores"]]) == ("2", ["i2"])
+    assert (tmp_path / "scores.md").read_text().splitlines()[0].endswith("on apart, fold 2: protocol segment")
+    with pytest.raises(DataError, match="has no fold '7'; it has 0, 1, 2, 3"):
+        assess(load_model(oracle), PatchSet.open(apart), fold="7", device="cpu")
 
 
 def test_what_cannot_be_assessed_is_refused(apart, oracle, tmp_path):

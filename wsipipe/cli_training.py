@@ -205,11 +205,10 @@ def evaluate(
     from wsipipe.training.report import write_report
 
     opened = PatchSet.open(patches)
-    if fold is not None:
-        split, opened = "test", opened.with_folds({"test": [fold]})
     if split not in SPLITS:
         raise DataError(f"there is no split '{split}'; there are: {', '.join(SPLITS)}")
-    made = assess(load_model(model), opened, split, protocol.value, device=device, batch_size=batch_size, progress=True)  # type: ignore[arg-type]
+    loaded, way = load_model(model), protocol.value
+    made = assess(loaded, opened, split, way, fold=fold, device=device, batch_size=batch_size, progress=True)  # type: ignore[arg-type]
     write_report(made, opened, out)
     for counting, scores in made.scores.items():
         typer.echo(

@@ -79,23 +79,26 @@ def assess(
     split: Split = "test",
     protocol: Protocol = "segment",
     *,
+    fold: str | None = None,
     device: str = "auto",
     batch_size: int = 8,
     config: Config | None = None,
     keep: int = 4,
     progress: bool = False,
 ) -> Assessment:
-    """Find and count.
+    """Find and count, on a split or on the images of a `fold`, which then are the test.
 
     Raises
     ------
     ConfigError
         If there is no such protocol, or the network does not answer as it needs.
     DataError
-        If the split is empty, or the set names other types than the model.
+        If the split is empty, there is no such fold, or the set names other types than the model.
     """
     if protocol not in get_args(Protocol):
         raise ConfigError(f"there is no protocol '{protocol}'; there are: {', '.join(get_args(Protocol))}")
+    if fold is not None:
+        split, patches = "test", patches.with_folds({"test": [fold]})
     spec, numbers = model[1], patches.of(split)
     if not len(numbers):
         raise DataError(f"{patches.folder} has no image in the split '{split}'")
@@ -128,6 +131,7 @@ def assess(
             "data": patches.name,
             "data_fingerprint": patches.fingerprint,
             "split": split,
+            "fold": fold,
             "images": len(numbers),
             "mpp": patches.mpp,
             "radius_px": radius,

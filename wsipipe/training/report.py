@@ -61,10 +61,11 @@ def write_report(assessment: Assessment, patches: PatchSet, folder: Path) -> Non
 def as_markdown(assessment: Assessment) -> str:
     """Tables whose every header names the protocol and the counting."""
     about, scores = assessment.about, assessment.scores
-    protocol = about["protocol"]
+    protocol, fold = about["protocol"], about["fold"]
+    images = about["split"] if fold is None else f"fold {fold}"
     headers = [f"{counting} ({protocol})" for counting in scores]
     lines = [
-        f"# {about['model']} on {about['data']}, {about['split']}: protocol {protocol}",
+        f"# {about['model']} on {about['data']}, {images}: protocol {protocol}",
         "",
         f"{about['images']} images at {about['mpp']:.4g} µm/px; weights {about['weights_sha256'][:12]}, data "
         f"{about['data_fingerprint'][:12]}, wsipipe {about['by']}. Nuclei pair above an IoU of 0.5, centroids within "
