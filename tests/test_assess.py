@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -162,6 +163,12 @@ def test_what_cannot_be_assessed_is_refused(apart, oracle, tmp_path):
         assess(model, patches, "test", "fancy", device="cpu")
     with pytest.raises(DataError, match="has the types"):
         assess(model, PatchSet.open(write_set(tmp_path / "other", class_names=["background", "x", "y"])), device="cpu")
+
+    with pytest.raises(ConfigError, match=r"conic is for images at 0.5 µm/px, and those of .*apart are at 0.25"):
+        assess(model, patches, "test", "conic", device="cpu")
+    coarse = replace(patches, mpp=0.5)
+    with pytest.raises(ConfigError, match="are for images of 256 x 256 px, not of 96 x 96 px; use --protocol segment"):
+        assess(model, coarse, "test", "conic-corrected", device="cpu")
 
     class Small(nn.Module):
         def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -4,8 +4,8 @@ strict one.
 ==================  ==================================================================================================
 `segment`           the whole of `segment`, as users run it; nuclei are compared on the image's own pixels
 `pannuke`           the network sees each image whole; nuclei are found over the image as CellViT and CellVTA do
-`conic`             20x images enlarged to 480 px, four windows, merged and painted back as CellVTA does: one nucleus
-                    of every image is lost
+`conic`             20x images of 256 px enlarged to 480, four windows, merged and painted back as CellVTA does: one
+                    nucleus of every image is lost
 `conic-corrected`   the same without the loss
 ==================  ==================================================================================================
 
@@ -32,7 +32,7 @@ from wsipipe.progress import Progress
 from wsipipe.training.data import PatchSet, Split
 from wsipipe.training.evaluate import segment_image, truth_of
 from wsipipe.training.scores import ImageScores, TypedNuclei, score_image, summarise
-from wsipipe.training.tiled import Finder, batched, find_enlarged, find_whole
+from wsipipe.training.tiled import MPP_20X, Finder, batched, find_enlarged, find_whole
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ Protocol = Literal["segment", "pannuke", "conic", "conic-corrected"]
 COUNTINGS: dict[str, Literal["published", "clean"]] = {"published": "published", "strict": "clean"}
 RADIUS_PX = 12.0  # how far apart paired centroids may be: at every resolution, in the published code
 RADIUS_UM = 3.0  # and what it is at 0.25 µm/px: for the protocol of users
+MPP_TOLERANCE = 0.1  # relative; how far images may be from 20x where they are enlarged to 40x
 
 _FINDERS: dict[str, Finder] = {
     "pannuke": find_whole,
@@ -91,12 +92,17 @@ def assess(
     Raises
     ------
     ConfigError
-        If there is no such protocol, or the network does not answer as it needs.
+        If there is no such protocol, or the images are not as it needs them, or the network does not answer so.
     DataError
         If the split is empty, there is no such fold, or the set names other types than the model.
     """
     if protocol not in get_args(Protocol):
         raise ConfigError(f"there is no protocol '{protocol}'; there are: {', '.join(get_args(Protocol))}")
+    if protocol in ("conic", "conic-corrected") and abs(patches.mpp / MPP_20X - 1) > MPP_TOLERANCE:
+        raise ConfigError(
+            f"protocol {protocol} is for images at {MPP_20X} µm/px, and those of {patches.folder} are at "
+            f"{patches.mpp:.4g}; use --protocol segment or pannuke"
+        )
     if fold is not None:
         split, patches = "test", patches.with_folds({"test": [fold]})
     spec, numbers = model[1], patches.of(split)

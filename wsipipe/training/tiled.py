@@ -17,9 +17,9 @@ from wsipipe.training.merging import cells_of, merge_cells, paint_cells
 from wsipipe.training.scores import TypedNuclei
 
 Array = npt.NDArray[Any]
-ENLARGED_PX, WINDOW_PX, STRIDE_PX, MARGIN_PX = 480, 256, 224, 32
+IMAGE_PX, ENLARGED_PX, WINDOW_PX, STRIDE_PX, MARGIN_PX = 256, 480, 256, 224, 32
 WINDOWS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (row, column)
-MPP_40X = 0.25  # what a slide at 40x is taken to have
+MPP_20X, MPP_40X = 0.5, 0.25  # what a slide at 20x, at 40x is taken to have
 
 # (network, its spec, images (B, H, W, 3) uint8, device) -> nuclei of each image, on its own pixels
 Finder = Callable[[nn.Module, ModelSpec, Array, torch.device], list[TypedNuclei]]
@@ -36,7 +36,18 @@ def find_enlarged(
     """Nuclei of 20x images that a network for 40x sees enlarged, in four windows (protocol "conic").
 
     `corrected` keeps the first nucleus of an image, which the published way loses.
+
+    Raises
+    ------
+    ConfigError
+        If images are not of 256 x 256 px, as those of CoNIC: others would be distorted.
     """
+    height, width = images.shape[1:3]
+    if (height, width) != (IMAGE_PX, IMAGE_PX):
+        raise ConfigError(
+            f"protocols conic and conic-corrected are for images of {IMAGE_PX} x {IMAGE_PX} px, not of {width} x "
+            f"{height} px; use --protocol segment or pannuke"
+        )
     found = []
     for image in _input(images, spec, device):
         tiles = nuclei_of(_output(network, spec, enlarged_windows(image[None])), spec, MPP_40X)
