@@ -437,6 +437,7 @@ def test_an_impossible_network_is_refused():
         {"backbone": "no_such_vit"},
         {"backbone": "samvit_base_patch16", "tissue_classes": 19},
         {"variant": "unpublished"},
+        {"backbone": "vit_large_patch16_dinov3", "backbone_settings": SMALL_BACKBONE, "variant": "published"},
         {"spare": 1},
     ):
         with pytest.raises(ModelError, match="its settings do not make a cellvta"):

@@ -109,6 +109,8 @@ class AdaptedViT(nn.Module):
             raise ValueError(f"four stages must name the blocks 0 to {depth - 1} in order, not {stages}")
         self.stages = [(first, last) for first, last in stages]
         self.class_token = _BY_VARIANT[variant][0] if class_token is None else class_token
+        if self.class_token == "bypass" and self.vit.needs_prefix:
+            raise ValueError(f"the rotary positions of {backbone} need its class token: class_token must be 'attend'")
         start = _BY_VARIANT[variant][1] if gamma is None else gamma
         self.level_embed = nn.Parameter(torch.empty(3, dim))
         self.spm = SpatialPrior(prior_width, dim, channels)

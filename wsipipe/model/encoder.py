@@ -38,11 +38,14 @@ class Encoder(nn.Module, ABC):
         Width of a token, number of blocks.
     prefix_tokens : int
         Class token and registers, which stand before those of the patches; 0 for SAM.
+    needs_prefix : bool
+        Whether no block runs without them.
     """
 
     dim: int
     depth: int
     prefix_tokens: int
+    needs_prefix: bool = False
     patch_embed: Any  # of timm, which does not type them
     blocks: Any
     pos_embed: Tensor | None
@@ -128,6 +131,7 @@ class PlainViT(Encoder):
         self.reg_token = vit.reg_token
         self.norm_pre = vit.norm_pre
         self.rope = getattr(vit, "rope", None)
+        self.needs_prefix = self.rope is not None
         self._prefix_has_places = not vit.no_embed_class
         self._resampling = positions
 
@@ -152,7 +156,7 @@ class PlainViT(Encoder):
             x = self.blocks[first : last + 1](x)
         else:
             if count != self.prefix_tokens:
-                raise ValueError("a ViT with rotary positions needs its prefix tokens: class_token must be 'attend'")
+                raise ValueError("a ViT with rotary positions needs its prefix tokens")
             angles = self._remembered("rope", grid, lambda size: self.rope.get_embed(shape=list(size)))
             for block in self.blocks[first : last + 1]:
                 x = block(x, rope=angles)
