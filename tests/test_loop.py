@@ -218,6 +218,11 @@ def test_variants_are_settings_that_an_experiment_may_change(discs):
     assert (paper.decay, paper.double_softmax, paper.batch_size) == (0.85, False, 4)
     settings = spec_of(paper, None, ["a", "b"]).settings
     assert (settings["variant"], settings["tissue_classes"]) == ("paper", 2)
+    for model in ("cellvta-uni", "cellvta-uni-paper", "cellvta-sam-l"):
+        assert spec_of(config(discs, variant="published", model=model), None).settings["variant"] == "published"
+    stated = config(discs, variant="published", model="cellvta-sam-l", settings={"variant": "paper"})
+    assert spec_of(stated, None).settings["variant"] == "paper"
+    assert spec_of(config(discs, model="cellvta-sam-l"), None).settings["variant"] == "paper"
 
 
 def test_the_published_schedule_falls_once_an_epoch(discs):

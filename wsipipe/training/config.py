@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {**PUBLISHED, "double_softmax": False, "batch_size": 4, "decay": 0.85},
 }
 # Of the network; only CellVTA knows these.
-VARIANT_SETTINGS: dict[str, dict[str, Any]] = {"published": {}, "paper": {"variant": "paper"}}
+VARIANT_SETTINGS: dict[str, dict[str, Any]] = {"published": {"variant": "published"}, "paper": {"variant": "paper"}}
 
 
 class TrainConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
