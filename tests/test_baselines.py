@@ -214,7 +214,7 @@ def test_segment_runs_with_every_kind_of_answer(name, tmp_path, make_svs):
     [
         (
             "{tile_px: 256, halo_px: 95}",
-            "takes sides of a multiple of 8 and 6 px, not 256",
+            "takes sides of 6 px more than a multiple of 8 px, not 256",
         ),
         ("{halo_px: 64}", "answers 95 px less on each side, not 64"),
     ],

@@ -123,6 +123,14 @@ def test_a_run_leaves_a_model_that_finds_nuclei_in_whole_images(name, apart, tmp
         assert assessment.about["images"] == 1
 
 
+def test_a_network_learns_from_crops_of_any_side_that_it_takes(apart, tmp_path, monkeypatch):
+    monkeypatch.setitem(SPECS, "hovernet-original", shrunk("hovernet-original"))
+    given = {"model": "hovernet-original", "mpp": 0.25, "steps": 1, "batch_size": 1}
+    assert load_model(train(config(apart, crop_px=222, **given), tmp_path / "run"))[1].tile_step == (8, 6)
+    with pytest.raises(ConfigError, match="crop_px: hovernet-original takes sides of 6 px more than a multiple of 8"):
+        train(config(apart, crop_px=256, **given), tmp_path / "other")
+
+
 def test_what_is_not_known_is_not_learnt():
     """Nucleus 1 is of unknown type, nucleus 2 not trusted in one pixel, nucleus 3 sound."""
     instances, types, trusted = np.zeros((64, 64), np.int32), np.zeros((64, 64), np.int64), np.ones((64, 64), bool)

@@ -67,8 +67,8 @@ class ModelSpec:
         """Raise ConfigError, naming the setting, if the network takes no image of that side."""
         step, offset = self.tile_step
         if (side - offset) % step:
-            more = f" and {offset}" if offset else ""
-            raise ConfigError(f"{setting}: {self.name} takes sides of a multiple of {step}{more} px, not {side}")
+            more = f"{offset} px more than " if offset else ""
+            raise ConfigError(f"{setting}: {self.name} takes sides of {more}a multiple of {step} px, not {side}")
 
     @classmethod
     def from_json(cls, text: str) -> "ModelSpec":

@@ -65,7 +65,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     )
     gamma: float = Field(0.85, ge=0, le=1, description="how much rarity counts in sampling")
     recipe: str | dict[str, Any] = Field("default", description="augmentation: a name, or written out")
-    crop_px: int = Field(256, gt=0, multiple_of=16)
+    crop_px: int = Field(256, gt=0, description="side of a crop, px; one that the network takes")
     hv_variant: Literal["published", "exact"] = "exact"
     hv_gradient: Literal["published", "exact"] = Field(
         "exact",
