@@ -170,6 +170,10 @@ def test_what_cannot_be_assessed_is_refused(apart, oracle, tmp_path):
     with pytest.raises(ConfigError, match="are for images of 256 x 256 px, not of 96 x 96 px; use --protocol segment"):
         assess(model, coarse, "test", "conic-corrected", device="cpu")
 
+    odd = PatchSet.open(write_set(tmp_path / "odd", side=100, class_names=list(model[1].class_names)))
+    with pytest.raises(ConfigError, match="oracle takes no images of 100 x 100 px whole; use --protocol segment"):
+        assess(model, odd, "test", "pannuke", device="cpu")
+
     class Small(nn.Module):
         def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
             return dict.fromkeys(("nuclei", "offsets", "types"), image[:, :2, 8:-8, 8:-8])

@@ -91,6 +91,8 @@ def _output(network: nn.Module, spec: ModelSpec, image: Tensor) -> dict[str, Ten
         if max(more_y, more_x) - before >= min(height, width):
             raise ConfigError(f"images of {width} x {height} px are too small for {spec.name}; use --protocol segment")
         image = functional.pad(image, (before, more_x - before, before, more_y - before), mode="reflect")
+    elif _missing(height, spec) or _missing(width, spec):
+        raise ConfigError(f"{spec.name} takes no images of {width} x {height} px whole; use --protocol segment")
     output: dict[str, Tensor] = network.eval()(image.contiguous(memory_format=torch.channels_last))
     if spec.answer == "maps":
         output = {name: maps[..., :height, :width] if maps.ndim == 4 else maps for name, maps in output.items()}
