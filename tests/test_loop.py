@@ -127,6 +127,30 @@ def test_a_folder_with_another_run_is_refused_but_a_run_may_be_longer(discs, tmp
     assert len(losses(tmp_path)) == 8
 
 
+def test_a_run_goes_on_with_the_precision_that_it_was_begun_with(discs, tmp_path, monkeypatch):
+    def train_where_auto_is(auto: str, **changes) -> None:
+        monkeypatch.setattr(loop, "choose_precision", lambda name, _: auto if name == "auto" else name)
+        train(config(discs, **changes), tmp_path)
+
+    train_where_auto_is("fp32", precision="auto", steps=1)
+    for other in ({"precision": "auto"}, {"precision": "fp16"}):
+        with pytest.raises(StoreError, match="begun with precision fp32, not fp16; set precision=fp32 to go on"):
+            train_where_auto_is("fp16", **other, steps=2)
+    train_where_auto_is("fp16", precision="fp32", steps=2)
+    train_where_auto_is("fp32", precision="auto", steps=3)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (last.pop("step"), last.pop("precision")) == (3, "fp32")
+    torch.save({**last, "step": 3}, tmp_path / "last.pt")  # as earlier versions left it
+    train_where_auto_is("fp32", precision="auto", steps=4)
+    assert len(losses(tmp_path)) == 4
+
+
+def test_a_stated_precision_may_not_be_changed(discs, tmp_path):
+    train(config(discs, steps=1, precision="fp32"), tmp_path)
+    with pytest.raises(StoreError, match="precision: fp32 there, bf16 asked for"):
+        train(config(discs, steps=2, precision="bf16"), tmp_path)
+
+
 @pytest.mark.parametrize(("trains", "frozen"), [("adapter", "encoder.vit."), ("decoder", "encoder.")])
 def test_what_is_frozen_stays_as_it_was(trains, frozen, discs, tmp_path):
     torch.manual_seed(19)

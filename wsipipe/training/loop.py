@@ -53,7 +53,7 @@ def train(config: TrainConfig, run: Path) -> Path:
     DataError
         If a patch set does not hold what its layout promises.
     StoreError
-        If `run` holds a run with other settings or data.
+        If `run` holds a run with other settings, data or arithmetic.
     """
     team = start_team(config)
     sets = open_sets(config)
@@ -68,10 +68,10 @@ def train(config: TrainConfig, run: Path) -> Path:
     learner = Learner(config, spec, objective, device)
     folder = RunFolder(run)
     if team.is_main_process:
-        folder.claim(config, {str(path): patches.fingerprint for path, patches in sets.items()})
+        folder.claim(config, {str(path): patches.fingerprint for path, patches in sets.items()}, learner.precision)
     team.wait_for_everyone()
 
-    progress = folder.resume(learner.parts)
+    progress = folder.resume(learner.parts, learner.precision)
     learner.join(team)
     if team.is_main_process:
         folder.cut_logs(progress.step)
@@ -113,7 +113,7 @@ def train(config: TrainConfig, run: Path) -> Path:
                 log.info("step %d: validation %s (best %s %.4f)", step, scores, config.best_by, progress.best)
             progress = told_to_all(progress, team)
         if (step % schedule.save_every == 0 or at_end or progress.ended) and team.is_main_process:
-            folder.save(progress, learner.parts)
+            folder.save(progress, learner.parts, learner.precision)
     folder.close()
     team.wait_for_everyone()
     if not folder.best.exists():
@@ -130,14 +130,16 @@ class Learner:
         What learns; what is validated and kept: the same, or the average of its past.
     learning : list of parameters
         Those that are not frozen.
+    precision : "fp32" | "bf16" | "fp16"
+        What that of the settings stands for on this device.
     parts : dict
         Everything that a run goes on from.
     """
 
     def __init__(self, config: TrainConfig, spec: ModelSpec, objective: Objective, device: torch.device) -> None:
         self.config, self.spec, self.objective, self.device = config, spec, objective, device
-        precision = choose_precision(config.precision, device)
-        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.precision = choose_precision(config.precision, device)
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         torch.manual_seed(config.seed)
         network = start_network(spec, config)
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

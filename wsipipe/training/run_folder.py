@@ -26,6 +26,7 @@ from torch import nn
 
 from wsipipe import __version__
 from wsipipe.atomic import finished
+from wsipipe.device import Precision
 from wsipipe.errors import StoreError
 from wsipipe.model.spec import ModelSpec
 from wsipipe.model.weights import save_checkpoint
@@ -84,8 +85,8 @@ class RunFolder:
         self.best = path / "best.safetensors"
         self._board: Any = None
 
-    def claim(self, config: TrainConfig, data: Mapping[str, str]) -> None:
-        """Put settings and the data's fingerprints into a new run.
+    def claim(self, config: TrainConfig, data: Mapping[str, str], precision: Precision) -> None:
+        """Put settings and the data's fingerprints into a new run; `precision` is what that of the settings stands for.
 
         Raises
         ------
@@ -101,6 +102,8 @@ class RunFolder:
                 raise StoreError(
                     f"{self.path} holds a run of another version of wsipipe; choose another folder"
                 ) from error
+            if begun["precision"] in ("auto", precision):  # of "auto" `resume` knows what it stood for
+                wanted["precision"] = begun["precision"]
             changed = [key for key in wanted if key not in FREE and begun.get(key) != wanted[key]]
             if changed:
                 said = "; ".join(f"{key}: {begun.get(key)} there, {wanted[key]} asked for" for key in changed)
@@ -111,11 +114,23 @@ class RunFolder:
             raise StoreError(f"the data of {self.path} are not those that it was begun with; choose another folder")
         _write_json(path, data)
 
-    def resume(self, parts: Mapping[str, Part]) -> Progress:
-        """Where the run stands; `parts` get their states."""
+    def resume(self, parts: Mapping[str, Part], precision: Precision) -> Progress:
+        """Where the run stands; `parts` get their states.
+
+        Raises
+        ------
+        StoreError
+            If the run was begun with another precision.
+        """
         progress = Progress()
         if (self.path / "last.pt").exists():
             state = torch.load(self.path / "last.pt", map_location="cpu", weights_only=True)
+            begun = state.get("precision", precision)  # runs of earlier versions do not say it
+            if begun != precision:
+                raise StoreError(
+                    f"{self.path} holds a run that was begun with precision {begun}, not {precision}; set "
+                    f"precision={begun} to go on"
+                )
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             progress = Progress(**{of.name: state[of.name] for of in fields(Progress) if of.name in state})
@@ -128,10 +143,11 @@ class RunFolder:
         for name in ("log.csv", "validation.csv"):
             _cut_log(self.path / name, step)
 
-    def save(self, progress: Progress, parts: Mapping[str, Part]) -> None:
+    def save(self, progress: Progress, parts: Mapping[str, Part], precision: Precision) -> None:
         """Write `last.pt`."""
+        states = {name: part.state_dict() for name, part in parts.items()}
         with finished(self.path / "last.pt") as partial:
-            torch.save({**asdict(progress), **{name: part.state_dict() for name, part in parts.items()}}, partial)
+            torch.save({**asdict(progress), "precision": precision, **states}, partial)
 
     def save_best(
         self, network: nn.Module, spec: ModelSpec, step: int, scores: Mapping[str, float], config: TrainConfig
