@@ -270,7 +270,7 @@ def test_a_split_gives_whole_collections_that_together_hold_every_nucleus_once(t
 
 def test_many_nuclei_in_one_file_are_remarked_upon(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(geojson, "MANY", 10)
-    table = made_table(tmp_path, made_nuclei(scattered(11)))
+    table = made_table(tmp_path, made_nuclei(scattered(24)))
     write_geojson(table, tmp_path / "split.geojson", split=10)
     assert not caplog.records
     write_geojson(table, tmp_path / "whole.geojson")
