@@ -107,7 +107,7 @@ def test_a_second_run_leaves_everything_as_it_is(tiny, oracle, tmp_path):
 def test_other_settings_are_refused_with_both_values_and_the_remedy(tiny, oracle, tmp_path):
     run(tiny.path, tmp_path / "out", oracle)
     larger = load_config(overrides={"nuclei": {"min_area_um2": 20.0}})
-    with pytest.raises(StoreError, match=r"config.min_area_um2 was 6.0 and is now 20.0; .*nuclei --overwrite"):
+    with pytest.raises(StoreError, match=r"config.min_area_um2 was 3.0 and is now 20.0; .*nuclei --overwrite"):
         run(tiny.path, tmp_path / "out", oracle, larger)
     with open_slide(tiny.path) as slide:
         folder = ResultFolder(tmp_path / "out")

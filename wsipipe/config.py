@@ -44,7 +44,9 @@ class NucleiConfig(_Settings):
     """From maps to nuclei."""
 
     halo_px: int = Field(128, gt=0, description="context on each side of a block: the widest nucleus, px")
-    min_area_um2: float = Field(6.0, ge=0, description="smaller nuclei are dropped, µm²")
+    min_area_um2: float = Field(3.0, ge=0, description="smaller nuclei are dropped, µm²")
+    small_area_um2: float = Field(6.0, ge=0, description="nuclei smaller than that must be certain, µm²")
+    small_probability: float = Field(0.97, ge=0, le=1, description="mean NP from which a small nucleus is certain")
     np_threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a pixel is of a nucleus")
     hv_scale: tuple[float, float] | Literal["tile"] = Field(
         (-1.5, 0.9),

@@ -181,7 +181,9 @@ def describe_nuclei(
     rings, valid = rings_px0(outlines, labels, ids, sums.first[ids], read, grid)
     count = sums.count[ids]
     area = count * grid.pixel_um2
-    owned, large = core.owns(*centre.T), area >= config.min_area_um2
+    probability = sums.np_sum[ids] / (255 * count)
+    certain = (area >= config.small_area_um2) | (probability >= config.small_probability)
+    owned, large = core.owns(*centre.T), (area >= config.min_area_um2) & certain
     keep = np.flatnonzero(owned & large & valid)
     qc = BlockQC(
         nuclei=keep.size,
@@ -196,7 +198,7 @@ def describe_nuclei(
     place = grid.to_px0(centre)
     columns: dict[str, npt.NDArray[Any]] = {
         "type_id": type_id,
-        "probability": sums.np_sum[ids] / (255 * count),
+        "probability": probability,
         "x_px0": place[:, 0],
         "y_px0": place[:, 1],
         "x_um": place[:, 0] * grid.mpp_x0,

@@ -228,7 +228,7 @@ def checks(meta: NucleiMeta, tissue: TissueMask, sizes: Mapping[int, Sizes], fac
         shows = bool(facts.seams.get("shows"))
         told.append(Check("Seams", "show" if shows else "do not show", "look" if shows else "good", said))
     left_out = {
-        "small": "left out as smaller than nuclei.min_area_um2",
+        "small": "left out as too small (nuclei.min_area_um2), or small and not certain (nuclei.small_area_um2)",
         "invalid": "left out as their outline was not valid",
     }
     told += [
