@@ -2,6 +2,7 @@
 
 import uuid
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from wsipipe.geometry import Box, Grid, partition
 from wsipipe.maps import Maps
 
 CONFIG = NucleiConfig()
-ALL_SIZES = NucleiConfig(min_area_um2=0, small_area_um2=0)
+any_size = partial(NucleiConfig, min_area_um2=0, small_area_um2=0)
+ALL_SIZES = any_size()
 PARITY = np.load(Path(__file__).parent / "data" / "parity" / "postproc.npz")
 
 
@@ -173,7 +175,7 @@ def test_every_outline_is_valid_at_level_0_with_one_decimal(shapes: npt.NDArray[
 
 
 def test_an_outline_not_simplified_has_the_area_of_its_pixels(shapes: npt.NDArray[np.int32]) -> None:
-    columns, _ = described(shapes, config=NucleiConfig(min_area_um2=0, small_area_um2=0, simplify_px=0))
+    columns, _ = described(shapes, config=any_size(simplify_px=0))
     np.testing.assert_array_equal(shapely.area(columns["polygons"]), columns["area_um2"] * 16)
 
 
@@ -181,8 +183,8 @@ def test_an_outline_not_simplified_has_the_area_of_its_pixels(shapes: npt.NDArra
 def test_no_middle_of_an_edge_is_farther_from_the_outline_than_the_bound(
     shapes: npt.NDArray[np.int32], bound: float
 ) -> None:
-    simple = described(shapes, config=NucleiConfig(min_area_um2=0, small_area_um2=0, simplify_px=bound))[0]["polygons"]
-    full = described(shapes, config=NucleiConfig(min_area_um2=0, small_area_um2=0, simplify_px=0))[0]["polygons"]
+    simple = described(shapes, config=any_size(simplify_px=bound))[0]["polygons"]
+    full = described(shapes, config=any_size(simplify_px=0))[0]["polygons"]
     for outline, pixels in zip(simple, full, strict=True):
         edges = shapely.segmentize(pixels.exterior, 1.0)
         middles = [((x + u) / 2, (y + v) / 2) for (x, y), (u, v) in pairwise(edges.coords)]
@@ -199,9 +201,7 @@ def test_simplification_keeps_the_area_in_the_mean(shapes: npt.NDArray[np.int32]
 def test_an_outline_lies_where_its_pixels_lie() -> None:
     labels = np.zeros((30, 40), np.int32)
     labels[3:6, 2:5] = 1
-    columns, _ = described(
-        labels, config=NucleiConfig(min_area_um2=0, small_area_um2=0, simplify_px=0), grid=grid_of(labels, 2.0)
-    )
+    columns, _ = described(labels, config=any_size(simplify_px=0), grid=grid_of(labels, 2.0))
     assert columns["polygons"][0].bounds == (4, 6, 10, 12)
     assert (columns["x_px0"][0], columns["y_px0"][0]) == (7, 9)
     assert (columns["x_um"][0], columns["y_um"][0]) == (0.875, 1.125)
@@ -246,7 +246,7 @@ def test_the_wildest_shapes_have_valid_outlines_of_their_own_area(seed: int, sha
     rng = np.random.default_rng(seed)
     labels = (rng.random((24, 24)) < share).astype(np.int32) * rng.integers(1, 4, (24, 24)).astype(np.int32)
     for simplify in (0.0, 0.5, 1.0):
-        config = NucleiConfig(min_area_um2=0, small_area_um2=0, simplify_px=simplify)
+        config = any_size(simplify_px=simplify)
         columns, qc = described(labels, config=config, grid=grid_of(labels, 1.98))
         assert qc.invalid == 0
         assert shapely.is_valid(columns["polygons"]).all()
@@ -281,7 +281,7 @@ def test_measures_are_those_of_scikit_image(shapes: npt.NDArray[np.int32]) -> No
 def test_solidity_perimeter_and_bytes_are_those_that_shapely_gives(
     shapes: npt.NDArray[np.int32], simplify: float
 ) -> None:
-    config = NucleiConfig(min_area_um2=0, small_area_um2=0, simplify_px=simplify)
+    config = any_size(simplify_px=simplify)
     columns, _ = described(shapes, config=config, grid=grid_of(shapes, 2.0))  # at which rounding changes nothing
     polygons = columns["polygons"]
     solidity = shapely.area(polygons) / shapely.area(shapely.convex_hull(polygons))

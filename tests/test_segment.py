@@ -149,12 +149,13 @@ def test_nuclei_of_other_maps_are_refused_whether_the_table_is_finished_or_begun
         assert make_nuclei(slide, folder.maps, folder.nuclei, other.nuclei).meta.count == 12
 
 
-def test_a_table_of_before_it_told_of_its_maps_is_kept(tiny, oracle, tmp_path, monkeypatch):
+def test_a_table_that_does_not_tell_of_its_maps_is_refused_and_left_as_it_is(tiny, oracle, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("wsipipe.stages.nuclei._made_of", lambda store: {})
         run(tiny.path, tmp_path / "out", oracle)
     before = results(tmp_path / "out")
-    run(tiny.path, tmp_path / "out", oracle)
+    with pytest.raises(StoreError, match=r"maps.tile_px was None and is now 96"):
+        run(tiny.path, tmp_path / "out", oracle)
     assert results(tmp_path / "out") == before
 
 

@@ -47,7 +47,8 @@ class BlockQC:
     nuclei : int
         Owned and kept.
     small : int
-        Owned, left out as smaller than the least area.
+        Owned, left out as smaller than `min_area_um2`, or than `small_area_um2` and less probable than
+        `small_probability`.
     invalid : int
         Owned, left out because their outline was not valid at level 0.
     wide : int
@@ -182,13 +183,13 @@ def describe_nuclei(
     count = sums.count[ids]
     area = count * grid.pixel_um2
     probability = sums.np_sum[ids] / (255 * count)
-    certain = (area >= config.small_area_um2) | (probability >= config.small_probability)
-    owned, large = core.owns(*centre.T), (area >= config.min_area_um2) & certain
-    keep = np.flatnonzero(owned & large & valid)
+    uncertain = (area < config.small_area_um2) & (probability < config.small_probability)
+    owned, small = core.owns(*centre.T), (area < config.min_area_um2) | uncertain
+    keep = np.flatnonzero(owned & ~small & valid)
     qc = BlockQC(
         nuclei=keep.size,
-        small=int((owned & ~large).sum()),
-        invalid=int((owned & large & ~valid).sum()),
+        small=int((owned & small).sum()),
+        invalid=int((owned & ~small & ~valid).sum()),
         wide=int(_too_wide(sums.boxes[ids], read, grid, config).sum()),
     )
 

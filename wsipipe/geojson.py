@@ -109,11 +109,12 @@ def write_geojson(
     parts = max(1, ceil(meta.count / max(1, rows)))
     stem = path.name[: -len(ending)]
     targets = [path] if parts == 1 else [path.with_name(f"{stem}-{i:03d}{ending}") for i in range(1, parts + 1)]
-    if form != "overview" and min(rows, meta.count) > MANY:
+    most = min(rows, meta.count)
+    if form != "overview" and most > MANY:
         log.warning(
             "%s will hold %d nuclei: QuPath needs about %.0f GB of memory to open it at once; --split %d writes "
             "several files",
-            targets[0].name, min(rows, meta.count), min(rows, meta.count) * 13e-6, MANY,
+            targets[0].name, most, most * 13e-6, MANY,
         )  # fmt: skip
     written = dropped = 0
     slices = groupby(_slices(batches, max(1, rows)), key=itemgetter(0))

@@ -102,8 +102,18 @@ class StoreMeta:
         )
 
 
-def require_same_resolution(path: Path, grid: Grid, slide: "Slide") -> None:
-    """Raise SettingsError if what `path` holds, on `grid`, was made when its slide was given another resolution."""
+def require_same_slide(path: Path, fingerprint: str, grid: Grid, slide: "Slide") -> None:
+    """Let what `path` holds, of the slide with that fingerprint and on `grid`, be used with `slide`.
+
+    Raises
+    ------
+    StoreError
+        If it is of another slide.
+    SettingsError
+        If the slide was given another resolution when it was made.
+    """
+    if fingerprint != slide.fingerprint:
+        raise StoreError(f"{path} is of another slide than {slide.path}; choose another folder with --out")
     if (grid.mpp_x0, grid.mpp_y0) != (slide.mpp_x0, slide.mpp_y0):
         raise SettingsError(
             f"{path} was made with {grid.mpp_x0:g} µm/px for {slide.path}, which is now taken to have "

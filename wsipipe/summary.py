@@ -132,16 +132,18 @@ def as_page(summaries: Iterable[SlideSummary]) -> str:
 
 
 def _of_slide(name: str, group: str, folder: ResultFolder, logs: Path) -> SlideSummary:
-    state, stage, message = _state(folder, logs)
     outputs = {
         "tissue": folder.tissue, "maps": folder.maps, "nuclei": folder.nuclei, "export": folder.geojson,
         "report": folder.report,
     }  # fmt: skip
-    # A record outlives its output where a job failed.
     there = {**outputs, "maps": _maps_or_nuclei(folder, logs)}
-    records = {stage: _read(record_of(output)) if there[stage].exists() else {} for stage, output in outputs.items()}
-    if stage:  # what follows it is of a run before
-        records |= {following: {} for following in STAGES[STAGES.index(stage) :]}
+    state, stage, message = _state(there, folder, logs)
+    # A record outlives its output where a job failed, and what follows that job is of a run before.
+    known = STAGES[: STAGES.index(stage)] if stage else STAGES
+    records = {
+        stage: _read(record_of(output)) if stage in known and there[stage].exists() else {}
+        for stage, output in outputs.items()
+    }
     tissue, maps, nuclei = records["tissue"], records["maps"], records["nuclei"]
     model, seams = nuclei.get("model", {}), nuclei.get("seams", {})
     return SlideSummary(
@@ -162,15 +164,8 @@ def _of_slide(name: str, group: str, folder: ResultFolder, logs: Path) -> SlideS
     )
 
 
-def _state(folder: ResultFolder, logs: Path) -> tuple[State, str, str]:
+def _state(outputs: Mapping[str, Path], folder: ResultFolder, logs: Path) -> tuple[State, str, str]:
     """State, and where and why a slide failed: at the first stage whose output is not there."""
-    outputs = {
-        "tissue": folder.tissue,
-        "maps": _maps_or_nuclei(folder, logs),
-        "nuclei": folder.nuclei,
-        "export": folder.geojson,
-        "report": folder.report,
-    }
     for stage, output in outputs.items():
         if output.exists():
             continue

@@ -1,11 +1,9 @@
 """Find the nuclei of finished maps, block by block under Dask, and store them as one table."""
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from wsipipe.features import BlockQC, nuclei_of_block
 from wsipipe.folder import record_of, write_record
 from wsipipe.geometry import Box
 from wsipipe.progress import Progress
-from wsipipe.provenance import require_same_resolution
+from wsipipe.provenance import require_same_slide, sum_of
 from wsipipe.seams import SeamCheck, SeamFigures
 from wsipipe.slide import Slide, open_slide
 from wsipipe.stages import budget
@@ -79,10 +77,8 @@ class NucleiRun:
         self.started = time.monotonic()
         self._slide, self._maps, self._out, self._config = slide, maps, out, config
         self._store = store = MapStore.open(maps, unfinished=True)
-        if store.meta.fingerprint != slide.fingerprint:
-            raise StoreError(f"{maps} is of another slide than {slide.path}; choose another folder with --out")
+        require_same_slide(maps, store.meta.fingerprint, store.meta.grid, slide)
         spec = store.meta.spec
-        require_same_resolution(maps, store.meta.grid, slide)
         meta = NucleiMeta(
             slide=slide.name,
             fingerprint=slide.fingerprint,
@@ -258,13 +254,8 @@ def check_seams(table: Path, store: MapStore, config: NucleiConfig) -> SeamFigur
 
 def _made_of(store: MapStore) -> dict[str, Any]:
     """What the maps depend on beside slide and model; not how they are cut into chunks, which changes no nucleus."""
-    tissue = json.dumps([store.tissue_sha256, store.meta.tissue_settings], sort_keys=True)
-    geometry = store.meta.geometry
-    return {
-        "tile_px": geometry.tile_px,
-        "halo_px": geometry.halo_px,
-        "tissue": hashlib.sha256(tissue.encode()).hexdigest()[:16],
-    }
+    tissue = sum_of({"mask": store.tissue_sha256, "settings": store.meta.tissue_settings})
+    return {"tile_px": store.meta.geometry.tile_px, "halo_px": store.meta.geometry.halo_px, "tissue": tissue}
 
 
 def _existing(out: Path, meta: NucleiMeta) -> NucleiMeta | None:
@@ -273,8 +264,6 @@ def _existing(out: Path, meta: NucleiMeta) -> NucleiMeta | None:
         return None
     there, _ = read_nuclei(out)
     ours, theirs = meta.identity(), there.identity()
-    if not there.maps:
-        ours = replace(meta, maps={}).identity()
     differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
     if differing:
         said = "; ".join(f"{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}" for key in differing[:5])

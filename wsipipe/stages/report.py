@@ -16,6 +16,7 @@ from wsipipe.atomic import finished
 from wsipipe.errors import StoreError
 from wsipipe.focus import MPP, measure_focus
 from wsipipe.folder import ResultFolder, record_of, unread_in, write_record
+from wsipipe.provenance import require_same_slide
 from wsipipe.report import Facts, draw_report
 from wsipipe.slide import Slide
 from wsipipe.table import read_nuclei
@@ -44,8 +45,7 @@ def make_report(
     """
     started = time.monotonic()
     meta, _ = read_nuclei(folder.nuclei)
-    if meta.fingerprint != slide.fingerprint:
-        raise StoreError(f"{folder.nuclei} is of another slide than {slide.path}; choose another folder with --out")
+    require_same_slide(folder.nuclei, meta.fingerprint, meta.grid, slide)
     outputs = {"tissue": folder.tissue, "maps": folder.maps, "nuclei": folder.nuclei, "export": folder.geojson}
     records = {stage: _record(record_of(output), stage) for stage, output in outputs.items()}
     tissue_record, maps, nuclei = records["tissue"], records["maps"], records["nuclei"]

@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from torch import nn
@@ -216,13 +216,7 @@ class _NucleiBehind:
                 while (index := self._chunks.get()) is not None and not self._given_up.is_set():
                     there.add(index)
                     ready = [block for block, needs in waiting.items() if needs <= there]
-                    for block in run.process(self._until_given_up(ready), crew):
+                    for block in run.process(takewhile(lambda _: not self._given_up.is_set(), ready), crew):
                         del waiting[block]
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for this thread
             self._error = error
-
-    def _until_given_up(self, blocks: list[int]) -> Iterator[int]:
-        for block in blocks:
-            if self._given_up.is_set():
-                return
-            yield block

@@ -19,7 +19,7 @@ from wsipipe.config import TissueConfig
 from wsipipe.errors import SlideError, StoreError, one_line
 from wsipipe.folder import write_record
 from wsipipe.geometry import Box, Grid
-from wsipipe.provenance import require_same_resolution
+from wsipipe.provenance import require_same_slide
 from wsipipe.roi import read_roi
 from wsipipe.slide import Slide
 from wsipipe.tissue import TissueMask, tissue_mask
@@ -112,9 +112,7 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
         grid, region = Grid(**about["grid"]), about["region"]
         if about["format"] != FORMAT_VERSION:
             raise ValueError(f"it has format version {about['format']}, this wsipipe reads {FORMAT_VERSION}")
-        if about["fingerprint"] != slide.fingerprint:
-            raise StoreError(f"{path} is of another slide than {slide.path}; choose another folder with --out")
-        require_same_resolution(path, grid, slide)
+        require_same_slide(path, about["fingerprint"], grid, slide)
         return TissueMask(mask, grid, None if region is None else shapely.from_wkt(region))
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist; make it with `wsipipe tissue`") from error
