@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+import wsipipe.store as store_module
 from wsipipe.errors import StoreError
 from wsipipe.geometry import Box, Grid
 from wsipipe.maps import Maps
@@ -340,6 +342,23 @@ def test_a_store_that_is_finished_while_a_reader_looks_for_its_log_is_read(
         monkeypatch.setattr(Path, "read_text", read_text)
         assert same(reader.read(META.chunk_box(2)), some_maps(META.chunk_box(2)))
     assert path.exists()
+
+
+def test_a_store_that_is_finished_while_it_is_being_opened_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, original = tmp_path / "maps.zarr", store_module.read_attributes
+    with begin(path) as store:
+        for index in store.missing:
+            store.write_chunk(index, some_maps(META.chunk_box(index)))
+
+        def read_attributes(root: Path) -> dict[str, Any]:
+            if not path.exists():
+                store.finish()
+            return original(root)
+
+        monkeypatch.setattr(store_module, "read_attributes", read_attributes)
+        assert MapStore.open(path, unfinished=True).is_finished
 
 
 def test_threads_that_share_a_reader_see_no_holes_while_the_store_is_finished(tmp_path: Path) -> None:

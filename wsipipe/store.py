@@ -97,7 +97,12 @@ class MapStore:
         StoreError
             If it is missing, not ours, of another format version, or incomplete.
         """
-        store = cls(path, unfinished=unfinished)
+        try:
+            store = cls(path, unfinished=unfinished)
+        except StoreError:
+            if not (unfinished and path.exists() and not partial_of(path).exists()):
+                raise
+            store = cls(path)  # it may have got its final name while it was being opened
         if store.is_finished and store.missing:
             raise StoreError(f"{path} lacks {len(store.missing)} of its chunks; make it again with --overwrite")
         return store
