@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import wsipipe.store as store_module
 from wsipipe.errors import StoreError
 from wsipipe.geometry import Box, Grid
+from wsipipe.lock import Lock
 from wsipipe.maps import Maps
 from wsipipe.model.spec import ModelSpec
 from wsipipe.provenance import StoreMeta
@@ -359,6 +360,23 @@ def test_a_store_that_is_finished_while_it_is_being_opened_is_opened(
 
         monkeypatch.setattr(store_module, "read_attributes", read_attributes)
         assert MapStore.open(path, unfinished=True).is_finished
+
+
+def test_a_store_that_another_process_finishes_before_it_is_locked_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other, original = tmp_path / "maps.zarr", begin(tmp_path / "maps.zarr"), store_module.Lock
+    for index in other.missing:
+        other.write_chunk(index, some_maps(META.chunk_box(index)))
+
+    def lock(place: Path) -> Lock:
+        other.finish()
+        return original(place)
+
+    monkeypatch.setattr(store_module, "Lock", lock)
+    with begin(path) as store:
+        assert store.is_finished
+    assert [file.name for file in tmp_path.iterdir()] == ["maps.zarr"]
 
 
 def test_threads_that_share_a_reader_see_no_holes_while_the_store_is_finished(tmp_path: Path) -> None:

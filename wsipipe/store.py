@@ -137,12 +137,20 @@ class MapStore:
             If another process writes it, or what exists was made otherwise: names the settings and both values.
         """
         identity = {**meta.identity(), "tissue_mask": _sha256(tissue)}
-        if path.exists() and not overwrite:
+
+        def finished() -> "MapStore":
             store = cls.open(path)
             store._require({**identity, "precision": store.meta.precision} if any_precision else identity)
             return store
+
+        if path.exists() and not overwrite:
+            return finished()
         lock = Lock(path)
         try:
+            if path.exists() and not overwrite:  # another process has finished it before it was locked
+                store = finished()
+                lock.release()
+                return store
             partial = partial_of(path)
             if overwrite:
                 if path.exists():
