@@ -9,7 +9,8 @@ deviations over the images; `typed_f1`, the mean over the three large types of t
 `calibration` of the types there (`ece`: the expected calibration error); `half_resolution_loss`, by how much bPQ falls
 on CoNSeP at twice the µm/px; `fp32_difference`, the largest change of the figures from the machine's precision to
 fp32; `false_per_mm2`, nuclei in pictures without any; `slide_s`, seconds of `wsipipe segment` for `--slide`, imports
-included.
+included. Of a model that was given several times, as trained with other seeds, `seeds` tells the `mean` and the
+standard deviation (`sd`) of these figures over the `runs`.
 """
 
 import argparse
@@ -119,7 +120,25 @@ def main() -> None:
             if arguments.sets.exists()
         }
         found = {name: measure(name, sets, arguments.slide) for name in arguments.models}
-    print(json.dumps(found))
+    print(json.dumps(found | {"seeds": over_seeds(list(found.values())) if sets else {}}))
+
+
+def over_seeds(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By model of which several runs were measured: mean and standard deviation of each figure over the runs."""
+    runs: dict[str, list[dict[str, float]]] = {}
+    for one in found:
+        of_sets = {f"{key} {name}": one[key][name] for key in TESTED for name in NAMES}
+        others = {name: one[name] for name in ("typed_f1", "half_resolution_loss", "fp32_difference")}
+        runs.setdefault(one["model"], []).append(of_sets | others | {"ece": one["calibration"]["ece"]})
+    return {
+        model: {
+            "runs": len(ours),
+            "mean": {name: round(float(np.mean([one[name] for one in ours])), 4) for name in ours[0]},
+            "sd": {name: round(float(np.std([one[name] for one in ours], ddof=1)), 4) for name in ours[0]},
+        }
+        for model, ours in runs.items()
+        if len(ours) > 1
+    }
 
 
 def measure(name: str, sets: dict[str, PatchSet], slide: Path) -> dict[str, Any]:

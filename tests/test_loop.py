@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -443,6 +444,24 @@ def test_a_killed_process_goes_on_to_the_same_bits(discs, tmp_path):
     assert (tmp_path / "killed/validation.csv").read_text() == (tmp_path / "whole/validation.csv").read_text()
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_with_its_workers_says_how_to_go_on(number, code, discs, tmp_path):
+    """As a terminal and SLURM stop it: every process of the group gets the signal."""
+    experiment, log = tmp_path / "experiment.yaml", tmp_path / "run" / "log.csv"
+    experiment.write_text(yaml.safe_dump(config(discs, steps=5000, workers=2).model_dump(mode="json")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wsipipe", "train", str(experiment), str(tmp_path / "run")],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == code, said
+    assert "run the same command again to go on" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

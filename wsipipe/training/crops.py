@@ -1,5 +1,6 @@
 """Items for training: crops of patch sets, drawn, augmented and with their targets, or side by side for validation."""
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -186,7 +187,12 @@ class FixedCrops(Dataset[Item]):
 
 
 def start_worker(worker: int) -> None:
-    """`worker_init_fn` of a loader: one thread a worker. OpenCV's threads do not survive the fork of their process."""
+    """`worker_init_fn` of a loader: one thread a worker. OpenCV's threads do not survive the fork of their process.
+
+    What stops all processes of a terminal or a job stops the run; its loader then ends the workers.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
