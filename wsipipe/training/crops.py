@@ -1,5 +1,6 @@
 """Items for training: crops of patch sets, drawn, augmented and with their targets, or side by side for validation."""
 
+import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -189,10 +190,10 @@ class FixedCrops(Dataset[Item]):
 def start_worker(worker: int) -> None:
     """`worker_init_fn` of a loader: one thread a worker. OpenCV's threads do not survive the fork of their process.
 
-    What stops all processes of a terminal or a job stops the run; its loader then ends the workers.
+    Where a terminal or a job stops all processes it is the run that says so; a worker's end is then no failure.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
