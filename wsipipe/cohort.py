@@ -330,12 +330,14 @@ def lift_stale_locks(folder: Path) -> TextIO | None:
         return None
     file.seek(0)
     # Another machine's lock may not be visible here, whatever the file system says.
-    if file.read() in ("", socket.gethostname()):
-        for lock in (folder / "locks").glob("*.lock"):
+    ours, locks = file.read() in ("", socket.gethostname()), list((folder / "locks").glob("*.lock"))
+    if ours:
+        for lock in locks:
             log.warning("removing %s: the Snakemake that made it is not alive", lock)
             lock.unlink(missing_ok=True)
-    file.truncate(0)
-    file.write(socket.gethostname())
-    file.flush()
+    if ours or not locks:  # else they are that machine's still when we are called again
+        file.truncate(0)
+        file.write(socket.gethostname())
+        file.flush()
     fcntl.flock(file, fcntl.LOCK_SH)
     return file
