@@ -19,6 +19,7 @@ rule all:
         expand("results/{slide}/report.html", slide=cohort.slides),
         "results/summary.tsv",
         "results/summary.html",
+        "results/.summary.whole",
 
 
 include: "workflows/rules/summary.smk"
