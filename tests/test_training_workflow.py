@@ -44,6 +44,8 @@ def test_the_workflow_plans_every_row_of_the_papers_tables(tmp_path):
     jobs = dict(line.split() for line in (run.stdout + run.stderr).splitlines() if len(line.split()) == 2)
     assert jobs["train"] == jobs["evaluate"] == str(9 * 3 + 12)
     assert jobs["prepare"] == "2"
+    for settings in ("conic/cellvta-uni.yaml", "conic/base.yaml", "published.yaml"):  # a change of which is seen
+        assert str(ROOT / "configs/experiments" / settings) in run.stdout + run.stderr
 
 
 def run_mini(folder: Path, *settings: str) -> str:

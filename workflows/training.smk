@@ -64,6 +64,14 @@ def training_set(wildcards):
     return "conic/native" if wildcards.experiment.endswith("x") else "conic/enlarged"
 
 
+def experiment(wildcards):
+    """The file of an experiment, and those that it is based on."""
+    files = [EXPERIMENTS / wildcards.data / f"{wildcards.experiment}.yaml"]
+    while base := yaml.safe_load(files[-1].read_text()).get("base"):
+        files.append(files[-1].parent / base)
+    return files
+
+
 def protocol(wildcards):
     return "segment" if wildcards.experiment.endswith("x") else wildcards.data
 
@@ -76,14 +84,14 @@ def test_set(wildcards):
 rule tables:
     input:
         expand(f"{OUT}/scores/{{run}}/scores.json", run=RUNS),
+        published=EXPERIMENTS / "published.yaml",
     output:
         f"{OUT}/tables.md",
     localrule: True
     params:
         scores=f"{OUT}/scores",
-        published=EXPERIMENTS / "published.yaml",
     shell:
-        "{WSIPIPE} table {params.scores} -o {output} --published {params.published}"
+        "{WSIPIPE} table {params.scores} -o {output} --published {input.published}"
 
 
 if MINI:
@@ -112,6 +120,7 @@ rule prepare:
 rule train:
     input:
         f"{OUT}/data/{{data}}",
+        experiment=experiment,
     output:
         f"{OUT}/weights/{{data}}/{{experiment}}/split{{split}}.safetensors",
     log:
@@ -120,12 +129,11 @@ rule train:
     resources:
         gpu=0 if MINI else 1,
     params:
-        experiment=lambda wildcards: EXPERIMENTS / wildcards.data / f"{wildcards.experiment}.yaml",
         run=lambda wildcards: f"{OUT}/runs/{wildcards.data}/{wildcards.experiment}/split{wildcards.split}",
         changes=changes,
     shell:
         # The run's folder is no output: Snakemake would empty it where an interrupted run is to go on.
-        "{WSIPIPE} train {params.experiment} {params.run} {params.changes} 2>> {log} && "
+        "{WSIPIPE} train {input.experiment[0]} {params.run} {params.changes} 2>> {log} && "
         "cp {params.run}/best.safetensors {output}"
 
 
