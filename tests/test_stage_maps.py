@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,30 @@ def test_an_interrupted_run_keeps_what_it_has_computed(
     computed = 3 * 4
     assert sum(left.wanted[index] for index in left.committed) > computed - CONFIG.maps.chunk_tiles**2
     run(out)
+    assert files(out) == files(undisturbed)
+
+
+@pytest.mark.parametrize("at", range(2, 9))
+def test_a_run_that_is_interrupted_as_it_hands_over_a_tile_counts_no_tile_twice(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    class Interrupted(ThreadPoolExecutor):
+        calls = 0
+
+        def submit(self, *arguments: Any, **named: Any) -> Any:
+            submitted = super().submit(*arguments, **named)
+            if self._thread_name_prefix == "writer":
+                self.calls += 1
+                if self.calls == at:
+                    raise KeyboardInterrupt
+            return submitted
+
+    out, options = tmp_path / "maps.zarr", {"batch_size": 1, "readers": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr("wsipipe.stages.pipeline.ThreadPoolExecutor", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, **options)
+    run(out, **options)
     assert files(out) == files(undisturbed)
 
 

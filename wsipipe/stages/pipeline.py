@@ -116,6 +116,7 @@ class Pipeline:
 
         def take() -> None:
             items, answer = answers[0][0], answers[0][1].result()
+            answers.popleft()  # before it is handed over: an interruption in between must not have it counted twice
             with _told("running the network", items, self._grid):
                 *maps, finite = answer.arrays()
             if not finite.all():
@@ -124,7 +125,6 @@ class Pipeline:
                     f"with {self._store.meta.precision}; try --precision fp32"
                 )
             writes.append(writing.submit(self._add, items, maps))
-            answers.popleft()
             with _timed(self._spent, "writer"):
                 while writes and (writes[0].done() or len(writes) > WRITES_AHEAD):
                     writes.popleft().result()
