@@ -20,14 +20,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import default_collate
 
+from wsipipe.config import Config
 from wsipipe.errors import ConfigError, ModelError, StoreError
+from wsipipe.lock import Lock
 from wsipipe.model.registry import CONSEP_CLASSES, SPECS, build
 from wsipipe.model.weights import load_model, read_spec
 from wsipipe.training import loop
 from wsipipe.training.batches import Share, training_batches, training_crops
 from wsipipe.training.crops import MAP_TARGETS, FixedCrops
 from wsipipe.training.data import PatchSet
-from wsipipe.training.evaluate import evaluate
+from wsipipe.training.evaluate import evaluate, segment_image
 from wsipipe.training.loop import TrainConfig, load_experiment, train
 from wsipipe.training.miniature import make_pannuke
 from wsipipe.training.network import freeze, normalised, spec_of, start_network
@@ -415,6 +417,40 @@ def test_training_starts_as_the_equal_of_a_narrower_network(discs, tmp_path):
     others = write_set(tmp_path / "others")
     with pytest.raises(ConfigError, match="only a network of the same classes can be widened"):
         train(config(others, **wider, **still), tmp_path / "others-run")
+
+
+def test_a_network_that_is_taught_no_types_tells_none(tmp_path):
+    plain = write_set(tmp_path / "plain", typed=False)
+    best = train(config(plain, steps=40, learning_rate=3e-3, validate_every=40, ema_decay=0.8), tmp_path / "run")
+    network, spec, digest = load_model(best)
+    assert spec.class_names == ("background",)
+    patches = PatchSet.open(plain)
+    found = segment_image((network, spec, digest), patches.images[3], 0.25, Config())
+    assert found.instance_map.max() > 0
+    assert not found.types.any()
+    scores = evaluate((network, spec, digest), patches, "test", device="cpu", precision="fp32")
+    assert 0 < scores["dice"] <= 1
+    started = config(plain, start_from="cellvta-nano")
+    assert spec_of(started, None).class_names == CONSEP_CLASSES
+    for model in ("ciscnet", "pointnu-net"):
+        by_type = config(plain, model=model)
+        with pytest.raises(ConfigError, match="finds nuclei by their types"):
+            objective_of(spec_of(by_type, None), by_type)
+
+
+def test_a_resolution_that_the_recipe_does_not_show_is_refused(discs, tmp_path):
+    with pytest.raises(ConfigError, match=r"shows crops at 0\.2 to 0\.31 µm/px, the network is for 0\.5"):
+        train(config(discs, mpp=0.5, recipe="default"), tmp_path / "run")
+    train(config(discs, mpp=0.5, recipe="published", steps=1, validate_every=1), tmp_path / "run2")
+
+
+def test_a_folder_that_another_run_is_at_is_left_alone(discs, tmp_path):
+    (tmp_path / "run").mkdir()
+    lock = Lock(tmp_path / "run" / "last.pt")
+    with pytest.raises(StoreError, match="in use by"):
+        train(config(discs), tmp_path / "run")
+    lock.release()
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_a_validation_without_a_number_never_stands_in_the_way_of_one_with(discs):

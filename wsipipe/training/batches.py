@@ -34,14 +34,26 @@ def open_sets(config: TrainConfig) -> dict[Path, PatchSet]:
 def training_crops(
     config: TrainConfig, spec: ModelSpec, sets: Sets, tissues: Sequence[str], targets: CropTargets
 ) -> MixedCrops:
-    """Crops without end, drawn from the images that train."""
+    """Crops without end, drawn from the images that train.
+
+    Raises
+    ------
+    ConfigError
+        If the recipe does not exist, or shows nothing at the resolution of the network.
+    """
+    recipe = load_recipe(config.recipe)
+    if (shown := recipe.geometry.near_mpp) and not shown[0] <= spec.mpp <= shown[1]:
+        raise ConfigError(
+            f"the recipe shows crops at {shown[0]:g} to {shown[1]:g} µm/px, the network is for {spec.mpp:g}; "
+            "set recipe: published, which takes that of the network, or write one out with other near_mpp and far_mpp"
+        )
     sources = [
         Source(sets[folder], weight, image_weights(sets[folder], config.sampling, config.gamma))
         for folder, weight in config.data.items()
     ]
     return MixedCrops(
         sources,
-        load_recipe(config.recipe),
+        recipe,
         count=1 << 62,  # there is always another
         seed=config.seed,
         crop_px=config.crop_px,

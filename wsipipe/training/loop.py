@@ -53,9 +53,14 @@ def train(config: TrainConfig, run: Path) -> Path:
     DataError
         If a patch set does not hold what its layout promises.
     StoreError
-        If `run` holds a run with other settings, data or arithmetic.
+        If `run` holds a run with other settings, data or arithmetic, or another process is at it.
     """
-    team = start_team(config)
+    team, folder = start_team(config), RunFolder(run)
+    with folder.held() if team.is_main_process else nullcontext():
+        return _train(config, folder, team)
+
+
+def _train(config: TrainConfig, folder: RunFolder, team: Any) -> Path:
     sets = open_sets(config)
     tissues = tuple(sorted({tissue for patches in sets.values() for tissue in patches.tissues}))
     spec = spec_of(config, same_classes(list(sets.values())), tissues)
@@ -66,7 +71,6 @@ def train(config: TrainConfig, run: Path) -> Path:
     schedule = schedule_of(config, crops.images)
     device = team.device if team.num_processes > 1 else choose_device(config.device)
     learner = Learner(config, spec, objective, device)
-    folder = RunFolder(run)
     if team.is_main_process:
         folder.claim(config, {str(path): patches.fingerprint for path, patches in sets.items()}, learner.precision)
     team.wait_for_everyone()
@@ -117,7 +121,7 @@ def train(config: TrainConfig, run: Path) -> Path:
     folder.close()
     team.wait_for_everyone()
     if not folder.best.exists():
-        raise StoreError(f"{run} has ended, but its best.safetensors is gone; train anew in another folder")
+        raise StoreError(f"{folder.path} has ended, but its best.safetensors is gone; train anew in another folder")
     return folder.best
 
 

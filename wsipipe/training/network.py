@@ -30,6 +30,8 @@ COLOURS = (
 def spec_of(config: TrainConfig, classes: tuple[str, ...] | None, tissues: Sequence[str] = ()) -> ModelSpec:
     """The registry's spec, with the settings of the experiment and the classes of the data.
 
+    Where no data are typed (`classes` None) they are those of the weights to start with; without such there are none.
+
     Raises
     ------
     ConfigError
@@ -47,6 +49,8 @@ def spec_of(config: TrainConfig, classes: tuple[str, ...] | None, tissues: Seque
     if "cell_px" in settings:
         spec = replace(spec, tile_step=(GRID_PX * settings["cell_px"], 0))
     spec.require_side("crop_px", config.crop_px)
+    if classes is None and config.start_from is None and config.widen_from is None:
+        classes = ("background",)  # neither the data nor other weights teach it a type
     if classes is not None and classes != spec.class_names:
         colours = ((0, 0, 0), *(COLOURS[i % len(COLOURS)] for i in range(len(classes) - 1)))
         spec = replace(spec, class_names=classes, class_colours=colours)

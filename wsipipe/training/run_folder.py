@@ -15,7 +15,8 @@ import json
 import logging
 import math
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from wsipipe import __version__
 from wsipipe.atomic import finished
 from wsipipe.device import Precision
 from wsipipe.errors import StoreError
+from wsipipe.lock import Lock
 from wsipipe.model.spec import ModelSpec
 from wsipipe.model.weights import save_checkpoint
 from wsipipe.training.config import FREE, TrainConfig
@@ -84,6 +86,15 @@ class RunFolder:
         self.path = path
         self.best = path / "best.safetensors"
         self._board: Any = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder against other processes while the block runs; StoreError if one has it."""
+        lock = Lock(self.path / "last.pt")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def claim(self, config: TrainConfig, data: Mapping[str, str], precision: Precision) -> None:
         """Put settings and the data's fingerprints into a new run; `precision` is what that of the settings stands for.
