@@ -228,6 +228,21 @@ def test_settings_by_option_win_over_the_file(tiny, oracle, tmp_path, capfd):
     assert (code, "nuclei.colour: extra inputs" in err) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ("nuclei.max_hole_um=.inf", "nuclei.max_hole_um: input should be a finite number"),
+        ("nuclei.hv_scale=[.nan, 0.9]", "nuclei.hv_scale"),
+        ("nuclei.min_area_um2=", "nuclei.min_area_um2: input should be a valid number"),
+        ("nuclei.no_such=null", "nuclei.no_such: extra inputs are not permitted"),
+    ],
+)
+def test_a_setting_without_a_value_or_end_is_refused(given, fault, tiny, oracle, tmp_path, capfd):
+    code, _, err = wsipipe(capfd, "segment", tiny.path, "--model", oracle, "-o", tmp_path / "out", "--set", given)
+    assert code == 1
+    assert fault in err
+
+
 def test_where_nobody_watches_other_settings_mean_a_fresh_start(tiny, oracle, tmp_path, capfd, caplog):
     out = ["-o", tmp_path / "out"]
     for stage in (["tissue"], ["maps", "--model", oracle, "--device", "cpu"], ["nuclei"]):

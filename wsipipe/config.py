@@ -18,8 +18,11 @@ MOST_YAML_BYTES = 1 << 18
 MOST_FAULTS = 20  # told at once
 
 
-class _Settings(BaseModel, frozen=True, extra="forbid", validate_default=True):
-    """Base of all settings: cannot change, refuses unknown keys; a default is the value that giving it would make."""
+class _Settings(BaseModel, frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False):
+    """Base of all settings: cannot change, refuses unknown keys and numbers without end.
+
+    A default is the value that giving it would make.
+    """
 
 
 class TissueConfig(_Settings):
@@ -55,7 +58,7 @@ class NucleiConfig(_Settings):
     )
     hv_kernel_um: float = Field(3.75, gt=0, le=10, description="extent of the filter that takes those slopes, µm")
     marker_threshold: float = Field(0.4, gt=0, lt=1, description="share of border from which a pixel marks no nucleus")
-    max_hole_um: float = Field(4.0, ge=0, description="holes as wide and high are filled before nuclei are parted, µm")
+    max_hole_um: float = Field(4.0, ge=0, le=1000, description="holes as wide and high are filled, µm")
     simplify_px: float = Field(0.5, ge=0, le=2, description="outlines move by no more, working px")
 
     @field_validator("hv_scale")
@@ -88,12 +91,10 @@ def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] |
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold sections such as 'nuclei:', not a {type(values).__name__}")
     for section, changes in (overrides or {}).items():
-        given = {key: value for key, value in changes.items() if value is not None}
-        if given:
-            there = values.get(section) or {}
-            if not isinstance(there, dict):
-                raise ConfigError(f"{path}: {section} must hold settings, not {there!r:.40}")
-            values = {**values, section: {**there, **given}}
+        there = values.get(section) or {}
+        if not isinstance(there, dict):
+            raise ConfigError(f"{path}: {section} must hold settings, not {there!r:.40}")
+        values = {**values, section: {**there, **changes}}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
