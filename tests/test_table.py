@@ -146,6 +146,14 @@ def test_a_spool_made_with_other_settings_is_refused_naming_both_values_and_the_
     assert NucleiSpool(path, other, {"block_px": 4096}, overwrite=True).done() == set()
 
 
+def test_blocks_of_which_the_settings_are_gone_are_not_taken_over(tmp_path):
+    path = tmp_path / "nuclei.parquet"
+    first = NucleiSpool(path, made_meta(), {"block_px": 2048})
+    first.add(0, EMPTY)
+    (first.folder / "settings.json").unlink()  # as a kill leaves a folder that is being deleted
+    assert NucleiSpool(path, made_meta(), {"block_px": 4096}).done() == set()
+
+
 def test_nuclei_of_other_columns_are_a_mistake_of_the_caller(tmp_path):
     spool = NucleiSpool(tmp_path / "nuclei.parquet", made_meta(), {})
     with pytest.raises(ValueError, match="NUCLEI_SCHEMA"):
@@ -167,7 +175,8 @@ def test_a_missing_torn_or_foreign_file_is_refused_with_the_remedy(tmp_path):
         foreign: "not a table of nuclei",
         newer: "version 3; this wsipipe reads 2",
     }.items():
-        with pytest.raises(StoreError, match=f"{why}.*wsipipe nuclei"):
+        again = "" if why in ("does not exist", "not a table of nuclei") else " --overwrite"
+        with pytest.raises(StoreError, match=f"{why}.*wsipipe nuclei{again}'"):
             read_nuclei(path)
 
 

@@ -4,10 +4,10 @@ import json
 import logging
 import mmap
 import re
-import shutil
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 
-from wsipipe.atomic import finished, partial_of
+from wsipipe.atomic import discard, finished, partial_of
 from wsipipe.errors import SettingsError, StoreError, one_line
 from wsipipe.features import NUCLEI_SCHEMA
 from wsipipe.geometry import Box, Grid
@@ -35,6 +35,7 @@ ROW_GROUP = 50_000  # nuclei; about 15 MB in memory, and few enough groups for a
 # Rows are sorted by squares of this side, so that their order does not tell how the slide was cut into
 # blocks and a row group is a compact region. One row of squares over the slide is held in memory at a time.
 SQUARE_PX0 = 1024
+MAKE_AGAIN = "make it again with 'wsipipe nuclei --overwrite'"
 REACH_UM = 50.0  # up to where another nucleus is a neighbour
 # What a block cannot know of its nuclei is told by the table: how many neighbours each has, and how far the nearest is.
 _SURROUNDINGS = [pa.field("neighbors_50um", pa.int32()), pa.field("nearest_um", pa.float32())]
@@ -60,8 +61,8 @@ class NucleiMeta:
     model, config, versions : dict
         Model (name, weights, source), settings and software. JSON values only.
     maps : dict
-        What else the maps were made of: `tile_px` and `halo_px` of the network's tiles, and `tissue`, a hash of the
-        tissue with its settings and regions. Empty in tables of before it was kept.
+        What else the maps were made of: `tile_px` and `halo_px` of the network's tiles, and `tissue`, the
+        `wsipipe.provenance.tissue_sum` of the tissue. Empty in tables of before it was kept.
     counts : dict of str to int
         Nuclei by type, every type but the background; filled when the table is finished.
     qc : dict of str to int
@@ -143,10 +144,10 @@ class NucleiSpool:
         self.meta = meta
         self.folder = partial_of(path)
         self._sound: set[str] = set()
-        if overwrite and self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / "settings.json"
+        if overwrite or not record.exists():  # blocks of which nobody knows how they were made are nobody's
+            discard(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         ours = json.dumps({**json.loads(meta.to_json()), "blocks": layout}, ensure_ascii=False)
         if record.exists():
             try:
@@ -163,7 +164,8 @@ class NucleiSpool:
     @staticmethod
     def discard(path: Path) -> None:
         """Remove what a kill left of the spool of a finished table."""
-        shutil.rmtree(partial_of(path), ignore_errors=True)
+        with suppress(OSError):
+            discard(partial_of(path))
 
     def done(self) -> set[int]:
         """Blocks that are there, empty ones included; one that is not as it was written goes, to be made again."""
@@ -242,7 +244,7 @@ class NucleiSpool:
             about = {"geo": _geo(extent), "wsipipe": meta.to_json()}
             writer.add_key_value_metadata({**about, SUM_KEY: _sum(about["wsipipe"].encode())})
         unnamed.replace(self.path)
-        shutil.rmtree(self.folder)
+        discard(self.folder)
         log.debug("%s: %d nuclei from %d blocks", self.path, meta.count, len(wanted))
         return meta
 
@@ -289,9 +291,7 @@ def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> tuple[Nucle
     except (OSError, pa.ArrowInvalid) as error:
         raise _unreadable(path, error) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise StoreError(
-            f"{path} is a table of nuclei that cannot be used: {one_line(error)}; make it again with 'wsipipe nuclei'"
-        ) from error
+        raise StoreError(f"{path} is a table of nuclei that cannot be used: {one_line(error)}; {MAKE_AGAIN}") from error
     return meta, _batches(path, columns, meta.count)
 
 
@@ -310,7 +310,7 @@ def _batches(path: Path, columns: Sequence[str] | None, count: int) -> Iterator[
 
 
 def _unreadable(path: Path, error: Exception) -> StoreError:
-    return StoreError(f"{path} cannot be read as Parquet ({one_line(error)}); make it again with 'wsipipe nuclei'")
+    return StoreError(f"{path} cannot be read as Parquet ({one_line(error)}); {MAKE_AGAIN}")
 
 
 def _crc(file: Path) -> str:
