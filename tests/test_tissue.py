@@ -217,6 +217,22 @@ def test_a_region_adds_no_tissue_and_its_edge_touches_no_neighbour():
     assert np.argwhere(mask.mask).tolist() == [[2, 2], [3, 2]]
 
 
+def test_the_area_within_a_region_is_that_in_which_nuclei_are_kept():
+    whole = TissueMask(np.ones((20, 20), bool), Grid(20, 20, 32, 32, 0.25, 0.25))
+    assert whole.area_mm2 == pytest.approx(20 * 20 * 64 / 1e6)
+    tissue = whole.restricted(shapely.box(16, 16, 420, 420))
+    assert tissue.area_mm2 == pytest.approx((404 * 0.25) ** 2 / 1e6)
+    assert tissue.restricted(shapely.Point(300, 300).buffer(70)).area_mm2 == pytest.approx(
+        shapely.Point(300, 300).buffer(70).area / 16 / 1e6
+    )
+    assert whole.restricted(shapely.box(-90, -90, -10, -10)).area_mm2 == 0
+    half = np.zeros((20, 20), bool)
+    half[:, :5] = True
+    assert TissueMask(half, whole.grid).restricted(shapely.box(16, 16, 420, 420)).area_mm2 == pytest.approx(
+        144 * 404 / 16 / 1e6
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "mpp", "low", "high"),
     [

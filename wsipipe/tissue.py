@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -43,9 +44,16 @@ class TissueMask:
         if self.mask.shape != self.grid.box.shape:
             raise ValueError(f"a mask of shape {self.mask.shape} does not lie on a grid of {self.grid.box.shape}")
 
-    @property
+    @cached_property
     def area_mm2(self) -> float:
-        return float(np.count_nonzero(self.mask)) * self.grid.pixel_um2 / 1e6
+        """Of a pixel that the region covers in part, that part counts: as nuclei are held to the region."""
+        px = float(np.count_nonzero(self.mask))
+        if self.region is not None:
+            x, y = _covered(self.region, self.grid)[1].T
+            cut = np.stack([x, y], 1)[self.mask[y, x]]
+            within = shapely.intersection(self.region, shapely.union_all(_squares(cut, 1, self.grid)))
+            px += within.area / (self.grid.scale_x * self.grid.scale_y) - len(cut)
+        return px * self.grid.pixel_um2 / 1e6
 
     def meets(self, box: Box, grid: Grid) -> bool:
         """True if any part of a box of `grid`, another grid of the slide, lies on tissue.
@@ -92,7 +100,7 @@ class TissueMask:
             In level-0 pixels.
         """
         within = region if self.region is None else shapely.intersection(self.region, region)
-        return TissueMask(self.mask & _covered(region, self.grid), self.grid, within)
+        return TissueMask(self.mask & _covered(region, self.grid)[0], self.grid, within)
 
 
 def tissue_mask(rgb: npt.NDArray[np.uint8], pixel_um: float, config: TissueConfig) -> npt.NDArray[np.bool_]:
@@ -164,17 +172,21 @@ def _pieces_from(mask: npt.NDArray[np.bool_], area_px: float) -> npt.NDArray[np.
     return large
 
 
-def _covered(region: shapely.Geometry, grid: Grid) -> npt.NDArray[np.bool_]:
-    """The pixels of a grid that share area with a region: squares are halved until in, out or one pixel."""
+def _covered(region: shapely.Geometry, grid: Grid) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """The pixels of a grid that share area with a region, (H, W), and x and y of those covered in part, (N, 2).
+
+    Squares are halved until in, out or one pixel.
+    """
     covered = np.zeros(grid.box.shape, bool)
     shapely.prepare(region)
     side = 1 << (max(grid.width, grid.height) - 1).bit_length()
-    corners = np.array([(0, 0)])
+    corners, cut = np.array([(0, 0)]), np.empty((0, 2), np.int64)
     while len(corners):
-        low, high = grid.to_px0(corners), grid.to_px0(corners + side)
-        squares = shapely.box(low[:, 0], low[:, 1], high[:, 0], high[:, 1])
+        squares = _squares(corners, side, grid)
         met = shapely.intersects(region, squares) & ~shapely.touches(region, squares)
-        filled = met if side == 1 else met & shapely.covers(region, squares)
+        filled = met & shapely.covers(region, squares)
+        if side == 1:
+            cut, filled = corners[met & ~filled], met
         for x, y in corners[filled]:
             covered[y : y + side, x : x + side] = True
         side //= 2
@@ -182,4 +194,11 @@ def _covered(region: shapely.Geometry, grid: Grid) -> npt.NDArray[np.bool_]:
             -1, 2
         )
         corners = corners[(corners < (grid.width, grid.height)).all(axis=1)]
-    return covered
+    return covered, cut
+
+
+def _squares(corners: npt.NDArray[np.int64], side: int, grid: Grid) -> npt.NDArray[np.object_]:
+    """Of a grid, from their upper left corners (N, 2), as level-0 polygons."""
+    low, high = grid.to_px0(corners), grid.to_px0(corners + side)
+    squares: npt.NDArray[np.object_] = shapely.box(low[:, 0], low[:, 1], high[:, 0], high[:, 1])
+    return squares
