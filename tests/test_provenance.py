@@ -35,6 +35,12 @@ def test_what_is_read_back_is_what_was_said() -> None:
     assert StoreMeta.from_json(META.to_json()) == META
 
 
+def test_of_a_long_value_the_beginning_is_told() -> None:
+    (said,) = differences({"region": "POLYGON " * 10_000}, {"region": None})
+    assert said.startswith("region POLYGON")
+    assert len(said) < 150
+
+
 def test_a_renamed_slide_makes_no_difference_and_another_slide_does() -> None:
     assert not differences(META.identity(), replace(META, slide="renamed", config_hash="other").identity())
     (told,) = differences(META.identity(), replace(META, fingerprint="12" * 32).identity())

@@ -15,20 +15,23 @@ import geopandas
 import numpy as np
 import pytest
 import shapely
+from shapely.geometry import mapping
 
-from wsipipe.config import Config, load_config
-from wsipipe.errors import ConfigError, StoreError
+from wsipipe.config import Config, TissueConfig, load_config
+from wsipipe.errors import ConfigError, SettingsError, StoreError
 from wsipipe.folder import ResultFolder
 from wsipipe.model.weights import load_model
 from wsipipe.slide import open_slide
 from wsipipe.stages.export import make_export
 from wsipipe.stages.maps import make_maps
 from wsipipe.stages.nuclei import find_nuclei, make_nuclei
+from wsipipe.stages.report import make_report
 from wsipipe.stages.segment import segment
-from wsipipe.stages.tissue import find_tissue, make_tissue, read_tissue
+from wsipipe.stages.tissue import find_tissue, make_tissue, read_tissue, write_tissue
 from wsipipe.stages.workers import AHEAD
 from wsipipe.store import MapStore
 from wsipipe.table import NucleiSpool, read_nuclei
+from wsipipe.tissue import TissueMask
 
 FILES = ("tissue.png", "nuclei.parquet", "nuclei.geojson.gz", "overlay.png")
 
@@ -209,6 +212,35 @@ def test_nuclei_outside_the_region_are_left_out(tiny, oracle, tmp_path):
     table = geopandas.read_parquet(tmp_path / "out" / "nuclei.parquet")
     assert len(table) == sum(disc.x < 470 for disc in tiny.discs)
     assert (table.x_px0 < 470).all()
+
+
+def test_what_tells_of_areas_is_not_made_with_tissue_other_than_that_of_the_nuclei(tiny, oracle, tmp_path):
+    out, region = tmp_path / "out", tmp_path / "region.geojson"
+    run(tiny.path, out, oracle)
+    region.write_text(
+        json.dumps({"type": "Feature", "geometry": mapping(shapely.box(0, 0, 300, 300)), "properties": {}})
+    )
+    before = {path: path.read_bytes() for path in (out / "report.html", out / "overlay.png", out / "nuclei.geojson.gz")}
+    with open_slide(tiny.path) as slide:
+        folder = ResultFolder(out)
+        tissue = make_tissue(slide, folder.tissue, TissueConfig(), roi=region)
+        with pytest.raises(SettingsError, match=r"was made in other tissue than tissue\.png"):
+            make_report(slide, folder, tissue)
+        with pytest.raises(SettingsError, match=r"was made in other tissue than tissue\.png"):
+            make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_region_of_very_many_corners_is_read_back(tiny, tmp_path):
+    region = shapely.Point(500, 500).buffer(300, quad_segs=30_000)
+    with open_slide(tiny.path) as slide:
+        grid = slide.grid(8.0)
+        written = TissueMask(np.ones(grid.box.shape, bool), grid).restricted(region)
+        write_tissue(written, tmp_path / "tissue.png", slide, TissueConfig(), 0.0, ())
+        read = read_tissue(tmp_path / "tissue.png", slide)
+    assert len(region.wkt) > 1 << 20
+    assert read.region.equals_exact(region)
+    np.testing.assert_array_equal(read.mask, written.mask)
 
 
 def test_a_coarser_scan_of_the_same_tissue_has_its_nuclei_in_the_same_places(tiny, oracle, make_svs, tmp_path):

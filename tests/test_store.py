@@ -379,6 +379,17 @@ def test_a_store_that_another_process_finishes_before_it_is_locked_is_taken(
     assert [file.name for file in tmp_path.iterdir()] == ["maps.zarr"]
 
 
+def test_a_torn_list_of_unread_places_is_mended_as_its_chunk_is_made_again(tmp_path: Path) -> None:
+    path, place = tmp_path / "maps.zarr", Box(512, 0, 768, 256)
+    with begin(path) as store:
+        (path.with_name("maps.zarr.partial") / "unread").write_text("1024 2048 12")
+    with begin(path) as store:
+        for index in sorted(store.missing):
+            store.write_chunk(index, some_maps(META.chunk_box(index)), unread=[place])
+        store.finish()
+    assert MapStore.open(path).unread == [place]
+
+
 def test_threads_that_share_a_reader_see_no_holes_while_the_store_is_finished(tmp_path: Path) -> None:
     whole = META.grid.box
     for attempt in range(10):

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from wsipipe.device import Precision
 from wsipipe.errors import SettingsError, StoreError
 from wsipipe.geometry import Box, Grid
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from wsipipe.slide import Slide
 
 FORMAT_VERSION = 2
+MOST_SHOWN = 80  # characters of a value in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,17 @@ def sum_of(attributes: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def sha256_of(array: npt.NDArray[Any]) -> str:
+    """Hash of an array's shape and values."""
+    packed = np.packbits(array) if array.dtype == bool else np.ascontiguousarray(array)
+    return hashlib.sha256(repr(array.shape).encode() + packed.tobytes()).hexdigest()
+
+
+def tissue_sum(mask_sha256: str, region: str | None) -> str:
+    """Hash of what nuclei depend on of the tissue: `sha256_of` its mask, the WKT of what it was restricted to."""
+    return sum_of({"mask": mask_sha256, "region": region})
+
+
 def require_sum(attributes: dict[str, Any]) -> None:
     """Raise ValueError if attributes are not as they were written."""
     if attributes["sum"] != sum_of(attributes):
@@ -177,4 +192,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # a sha256 is told by its start
+    text = str(value)
+    if len(text) == 64:
+        return text[:12]  # a sha256 is told by its start
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."  # the outline of a region is long

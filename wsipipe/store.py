@@ -1,6 +1,5 @@
 """The maps of one slide on the disk: written and committed chunk by chunk, compared with checksums as they are read."""
 
-import hashlib
 import os
 import re
 import zlib
@@ -22,7 +21,16 @@ from wsipipe.errors import SettingsError, StoreError, one_line
 from wsipipe.geometry import Box
 from wsipipe.lock import Lock
 from wsipipe.maps import Maps
-from wsipipe.provenance import FORMAT_VERSION, StoreMeta, differences, identity_of, read_attributes, require_sum, sum_of
+from wsipipe.provenance import (
+    FORMAT_VERSION,
+    StoreMeta,
+    differences,
+    identity_of,
+    read_attributes,
+    require_sum,
+    sha256_of,
+    sum_of,
+)
 
 # Of zstd 1 to 3 and Blosc with and without shuffling on crowded maps (9 channels, 768 px chunks), level 1 costs
 # least to write: 14 MP/s of one core, 3.4 bytes a pixel. Level 3 saves a tenth of the bytes for 1.4 times the work.
@@ -78,7 +86,7 @@ class MapStore:
                 group = zarr.open_group(self._root, mode=mode, use_consolidated=False, zarr_format=3)
                 arrays: list[Any] = [_checked(group[name], layout) for name, layout in _layouts(self.meta).items()]
                 counts = np.asarray(arrays[-1][...])
-            if _sha256(counts) != attributes["counts"]["sha256"]:
+            if sha256_of(counts) != attributes["counts"]["sha256"]:
                 raise ValueError("the table of its chunks does not have its checksum")
         except Exception as error:  # each codec and every part of zarr has its own
             raise self._damaged(error) from error
@@ -136,7 +144,7 @@ class MapStore:
         StoreError
             If another process writes it, or what exists was made otherwise: names the settings and both values.
         """
-        identity = {**meta.identity(), "tissue_mask": _sha256(tissue)}
+        identity = {**meta.identity(), "tissue_mask": sha256_of(tissue)}
 
         def finished() -> "MapStore":
             store = cls.open(path)
@@ -191,7 +199,7 @@ class MapStore:
                 raise self._damaged(error) from error
         if not (self._root / "zarr.json").exists():  # renamed meanwhile, as in `read`
             return self._renamed.tissue
-        if mask is None or _sha256(mask) != self.tissue_sha256:
+        if mask is None or sha256_of(mask) != self.tissue_sha256:
             raise StoreError(f"the tissue mask in {self._root} is damaged; make it again with --overwrite")
         return mask
 
@@ -339,9 +347,9 @@ class MapStore:
 
     def _mend(self) -> None:
         """Remove what a kill cut short: the end of a line, and files that did not get their name."""
-        commits = self._root / COMMITS
-        text = commits.read_bytes()
-        os.truncate(commits, text.rfind(b"\n") + 1)
+        for log in (self._root / COMMITS, self._root / UNREAD):
+            if log.exists():
+                os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
         for torn in self._root.rglob("*.partial"):
             torn.unlink()
 
@@ -397,7 +405,7 @@ def _create(
         "wsipipe": {"format": FORMAT_VERSION, "version": wsipipe.__version__},
         **meta.to_json(),
         "tissue_mask": identity["tissue_mask"],
-        "counts": {"chunks": len(wanted), "tiles": sum(wanted.values()), "sha256": _sha256(counts)},
+        "counts": {"chunks": len(wanted), "tiles": sum(wanted.values()), "sha256": sha256_of(counts)},
     }
     attributes["sum"] = sum_of(attributes)
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -423,11 +431,6 @@ def _create(
             dimension_names=("y", "x"),
         )
     (partial / COMMITS).touch()  # last: a partial without it is a torn beginning
-
-
-def _sha256(array: npt.NDArray[Any]) -> str:
-    packed = np.packbits(array) if array.dtype == bool else np.ascontiguousarray(array)
-    return hashlib.sha256(repr(array.shape).encode() + packed.tobytes()).hexdigest()
 
 
 def _read_commits(path: Path) -> dict[int, int]:

@@ -13,6 +13,7 @@ from wsipipe.folder import record_of, write_record
 from wsipipe.geojson import Form, GeojsonSummary, write_geojson
 from wsipipe.overlay import draw_overlay
 from wsipipe.slide import Slide
+from wsipipe.stages.tissue import require_tissue_of
 from wsipipe.table import read_nuclei
 from wsipipe.tissue import TissueMask
 
@@ -40,12 +41,18 @@ def make_export(
         Place nuclei where QuPath shows a slide that states its bounds; False: where ``--no-crop`` shows it.
     split : int, optional
         Nuclei a file, if they are to be several.
+
+    Raises
+    ------
+    SettingsError
+        If the nuclei were found in other tissue.
     """
     started = time.monotonic()
+    meta, _ = read_nuclei(nuclei)
+    require_tissue_of(nuclei, meta, tissue)
     summary = write_geojson(nuclei, geojson, form=form, offset=None if crop_to_bounds else (0, 0), split=split)
     for stale in _exported(geojson) - set(summary.files):  # nobody is to open what was found with other settings
         stale.unlink(missing_ok=True)
-    meta, _ = read_nuclei(nuclei)
 
     def batches() -> Iterator[pa.RecordBatch]:
         return read_nuclei(nuclei, ["type_id", "x_px0", "y_px0", "geometry"])[1]

@@ -19,7 +19,7 @@ from wsipipe.features import BlockQC, nuclei_of_block
 from wsipipe.folder import record_of, write_record
 from wsipipe.geometry import Box
 from wsipipe.progress import Progress
-from wsipipe.provenance import require_same_slide, sum_of
+from wsipipe.provenance import require_same_slide, tissue_sum
 from wsipipe.seams import SeamCheck, SeamFigures
 from wsipipe.slide import Slide, open_slide
 from wsipipe.stages import budget
@@ -254,7 +254,7 @@ def check_seams(table: Path, store: MapStore, config: NucleiConfig) -> SeamFigur
 
 def _made_of(store: MapStore) -> dict[str, Any]:
     """What the maps depend on beside slide and model; not how they are cut into chunks, which changes no nucleus."""
-    tissue = sum_of({"mask": store.tissue_sha256, "settings": store.meta.tissue_settings})
+    tissue = tissue_sum(store.tissue_sha256, store.meta.tissue_settings.get("region"))
     return {"tile_px": store.meta.geometry.tile_px, "halo_px": store.meta.geometry.halo_px, "tissue": tissue}
 
 

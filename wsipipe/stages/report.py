@@ -19,6 +19,7 @@ from wsipipe.folder import ResultFolder, record_of, unread_in, write_record
 from wsipipe.provenance import require_same_slide
 from wsipipe.report import Facts, draw_report
 from wsipipe.slide import Slide
+from wsipipe.stages.tissue import require_tissue_of
 from wsipipe.table import read_nuclei
 from wsipipe.tissue import TissueMask
 
@@ -42,10 +43,13 @@ def make_report(
     ------
     StoreError
         If a file or a record of an earlier stage is missing or damaged.
+    SettingsError
+        If the nuclei were found in other tissue.
     """
     started = time.monotonic()
     meta, _ = read_nuclei(folder.nuclei)
     require_same_slide(folder.nuclei, meta.fingerprint, meta.grid, slide)
+    require_tissue_of(folder.nuclei, meta, tissue)
     outputs = {"tissue": folder.tissue, "maps": folder.maps, "nuclei": folder.nuclei, "export": folder.geojson}
     records = {stage: _record(record_of(output), stage) for stage, output in outputs.items()}
     tissue_record, maps, nuclei = records["tissue"], records["maps"], records["nuclei"]

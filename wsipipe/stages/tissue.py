@@ -16,17 +16,19 @@ from PIL import Image, PngImagePlugin
 
 from wsipipe.atomic import finished
 from wsipipe.config import TissueConfig
-from wsipipe.errors import SlideError, StoreError, one_line
+from wsipipe.errors import SettingsError, SlideError, StoreError, one_line
 from wsipipe.folder import write_record
 from wsipipe.geometry import Box, Grid
-from wsipipe.provenance import require_same_slide
+from wsipipe.provenance import require_same_slide, sha256_of, tissue_sum
 from wsipipe.roi import read_roi
 from wsipipe.slide import Slide
+from wsipipe.table import NucleiMeta
 from wsipipe.tissue import TissueMask, tissue_mask
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PART = 1 << 19  # characters of a region in one text of the PNG; what reads it refuses texts of more than a megabyte
 MOST_PX = 1 << 26  # of the mask: a slide of 52 x 76 mm at 8 µm/px; finding it takes some 50 bytes each
 
 
@@ -72,15 +74,19 @@ def write_tissue(
 
     It was found in `seconds`, and at `unread` places (level 0) the slide could not be read for it.
     """
+    region = "" if tissue.region is None else tissue.region.wkt
+    parts = [region[start : start + PART] for start in range(0, len(region), PART)]
     about = {
         "format": FORMAT_VERSION,
         "fingerprint": slide.fingerprint,
         "grid": asdict(tissue.grid),
-        "region": None if tissue.region is None else tissue.region.wkt,
+        "region_parts": len(parts),
         "crc32": _crc(tissue.mask),
     }
     text = PngImagePlugin.PngInfo()
     text.add_text("wsipipe", json.dumps(about), zip=True)
+    for number, part in enumerate(parts):
+        text.add_text(f"region-{number}", part, zip=True)
     with finished(out) as partial:
         Image.fromarray(tissue.mask).save(partial, "PNG", pnginfo=text)
     write_record(
@@ -105,21 +111,39 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
     """
     try:
         with Image.open(path) as image:
-            about: dict[str, Any] = json.loads(getattr(image, "text", {})["wsipipe"])
+            texts: dict[str, str] = getattr(image, "text", {})
+            about: dict[str, Any] = json.loads(texts["wsipipe"])
             mask = np.asarray(image.convert("L")) > 0
         if about["crc32"] != _crc(mask):  # what reads PNG looks at no checksum of pixels
             raise ValueError("its pixels are not those that were written")
-        grid, region = Grid(**about["grid"]), about["region"]
         if about["format"] != FORMAT_VERSION:
             raise ValueError(f"it has format version {about['format']}, this wsipipe reads {FORMAT_VERSION}")
+        grid = Grid(**about["grid"])
+        region = "".join(texts[f"region-{number}"] for number in range(about["region_parts"]))
         require_same_slide(path, about["fingerprint"], grid, slide)
-        return TissueMask(mask, grid, None if region is None else shapely.from_wkt(region))
+        return TissueMask(mask, grid, shapely.from_wkt(region) if region else None)
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist; make it with `wsipipe tissue`") from error
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, MemoryError, shapely.errors.GEOSException) as error:
         raise StoreError(
             f"{path} is no tissue mask of wsipipe ({one_line(error)}); make it with `wsipipe tissue`"
         ) from error
+
+
+def require_tissue_of(nuclei: Path, meta: NucleiMeta, tissue: TissueMask) -> None:
+    """Let areas and densities be told of `tissue` only where the table of nuclei was made in it.
+
+    Raises
+    ------
+    SettingsError
+        If it was made in other tissue; a table that does not say in which is not refused.
+    """
+    ours = tissue_sum(sha256_of(tissue.mask), None if tissue.region is None else tissue.region.wkt)
+    if meta.maps.get("tissue", ours) != ours:
+        raise SettingsError(
+            f"{nuclei} was made in other tissue than tissue.png shows now; make that again as it was, "
+            "or maps and nuclei for it, with `wsipipe maps --overwrite` and `wsipipe nuclei --overwrite`"
+        )
 
 
 def _crc(mask: npt.NDArray[np.bool_]) -> int:
