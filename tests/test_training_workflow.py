@@ -1,5 +1,7 @@
 """The whole way on data in miniature: prepare, train, evaluate, tables; and what was trained segments a slide."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,35 +43,55 @@ def test_the_workflow_plans_every_row_of_the_papers_tables(tmp_path):
     command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflows/training.smk"), "--cores", "9", "-n"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    jobs = dict(line.split() for line in (run.stdout + run.stderr).splitlines() if len(line.split()) == 2)
+    jobs = jobs_of(run.stdout + run.stderr)
     assert jobs["train"] == jobs["evaluate"] == str(9 * 3 + 12)
     assert jobs["prepare"] == "2"
-    for settings in ("conic/cellvta-uni.yaml", "conic/base.yaml", "published.yaml"):  # a change of which is seen
-        assert str(ROOT / "configs/experiments" / settings) in run.stdout + run.stderr
 
 
-def run_mini(folder: Path, *settings: str) -> str:
-    """The tables of the workflow on data in miniature."""
-    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflows/training.smk"), "--cores", "2"]
+def jobs_of(said: str) -> dict[str, str]:
+    """What a dry run would do: how often, by rule."""
+    return dict(line.split() for line in said.splitlines() if re.fullmatch(r"[a-z]+ +\d+", line))
+
+
+FEW = ("experiments=pannuke/ciscnet,conic/cellvta-uni", "splits=1", "epochs=1")
+
+
+def run_mini(folder: Path, *arguments: str, settings: tuple[str, ...] = FEW, root: Path = ROOT) -> str:
+    """What the workflow says on data in miniature."""
+    command = [sys.executable, "-m", "snakemake", "-s", str(root / "workflows/training.smk"), "--cores", "2"]
     run = subprocess.run(
-        [*command, "--config", "scale=mini", *settings], cwd=folder, capture_output=True, text=True, check=False
-    )
+        [*command, *arguments, "--config", "scale=mini", *settings],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    return (folder / "results/mini/tables.md").read_text()
+    return run.stdout + run.stderr
 
 
-def test_a_row_of_each_data_set_goes_from_raw_data_to_tables(tmp_path):
-    text = run_mini(tmp_path, "experiments=pannuke/ciscnet,conic/cellvta-uni", "splits=1", "epochs=1")
+def test_a_row_of_each_data_set_goes_from_raw_data_to_tables_and_again_where_settings_change(tmp_path):
+    for folder in ("workflows", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / "repository" / folder)
+    run_mini(tmp_path, root=tmp_path / "repository")
+    text = (tmp_path / "results/mini/tables.md").read_text()
     assert "## pannuke: protocol pannuke, counted published" in text
     assert "## conic: protocol conic, counted strict" in text
     assert "| ciscnet, ours | 1 |" in text
     assert "| cellvta-uni, ours | 1 |" in text
     assert "| cellvta-uni, published [" in text
 
+    assert jobs_of(run_mini(tmp_path, "-n", root=tmp_path / "repository")) == {}
+    for changed, jobs in {
+        "published.yaml": {"tables": "1", "total": "1"},
+        "conic/base.yaml": {"train": "1", "evaluate": "1", "tables": "1", "total": "3"},
+    }.items():
+        with (tmp_path / "repository/configs/experiments" / changed).open("a") as file:
+            file.write("# another\n")
+        assert jobs_of(run_mini(tmp_path, "-n", root=tmp_path / "repository")) == jobs
+
 
 @pytest.mark.slow
 def test_every_kind_of_row_goes_from_raw_data_to_tables(tmp_path):
-    text = run_mini(tmp_path)
+    run_mini(tmp_path, settings=())
+    text = (tmp_path / "results/mini/tables.md").read_text()
     for row in ("cellvta-uni", "cellvit-uni", "ciscnet", "pointnu-net"):
         assert f"| {row}, ours | 3 |" in text
     assert "| hovernet, ours | 1 |" in text
