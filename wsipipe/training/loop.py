@@ -25,13 +25,13 @@ from wsipipe.errors import StoreError
 from wsipipe.model.spec import ModelSpec
 from wsipipe.training.batches import open_sets, training_batches, training_crops, validation_batches
 from wsipipe.training.config import TrainConfig, load_experiment
-from wsipipe.training.crops import Item
+from wsipipe.training.crops import Item, MixedCrops
 from wsipipe.training.data import same_classes
 from wsipipe.training.found import nuclei_of
 from wsipipe.training.network import normalised, parameter_groups, spec_of, start_network
 from wsipipe.training.objectives import Objective, objective_of
 from wsipipe.training.run_folder import Part, RunFolder
-from wsipipe.training.schedule import rate, schedule_of
+from wsipipe.training.schedule import Schedule, rate, schedule_of
 from wsipipe.training.team import shared_network, start_team, told_to_all
 from wsipipe.training.validation import validate
 
@@ -55,12 +55,7 @@ def train(config: TrainConfig, run: Path) -> Path:
     StoreError
         If `run` holds a run with other settings, data or arithmetic, or another process is at it.
     """
-    team, folder = start_team(config), RunFolder(run)
-    with folder.held() if team.is_main_process else nullcontext():
-        return _train(config, folder, team)
-
-
-def _train(config: TrainConfig, folder: RunFolder, team: Any) -> Path:
+    team = start_team(config)
     sets = open_sets(config)
     tissues = tuple(sorted({tissue for patches in sets.values() for tissue in patches.tissues}))
     spec = spec_of(config, same_classes(list(sets.values())), tissues)
@@ -70,11 +65,19 @@ def _train(config: TrainConfig, folder: RunFolder, team: Any) -> Path:
     held = validation_batches(config, spec, sets, tissues, objective.targets)
     schedule = schedule_of(config, crops.images)
     device = team.device if team.num_processes > 1 else choose_device(config.device)
-    learner = Learner(config, spec, objective, device)
-    if team.is_main_process:
-        folder.claim(config, {str(path): patches.fingerprint for path, patches in sets.items()}, learner.precision)
-    team.wait_for_everyone()
+    learner, folder = Learner(config, spec, objective, device), RunFolder(run)
+    with folder.held() if team.is_main_process else nullcontext():
+        if team.is_main_process:
+            folder.claim(config, {str(path): patches.fingerprint for path, patches in sets.items()}, learner.precision)
+        team.wait_for_everyone()
+        return _learn(learner, folder, crops, held, schedule, team)
 
+
+def _learn(
+    learner: "Learner", folder: RunFolder, crops: MixedCrops, held: DataLoader[Item], schedule: Schedule, team: Any
+) -> Path:
+    """Go on from where the run stands to its end."""
+    config, spec = learner.config, learner.spec
     progress = folder.resume(learner.parts, learner.precision)
     learner.join(team)
     if team.is_main_process:
@@ -87,7 +90,7 @@ def _train(config: TrainConfig, folder: RunFolder, team: Any) -> Path:
         sum(p.numel() for p in learner.network.parameters()) / 1e6,
         sum(p.numel() for p in learner.learning) / 1e6,
         team.num_processes,
-        device,
+        learner.device,
         progress.step,
         schedule.steps,
     )
