@@ -116,7 +116,6 @@ class Pipeline:
 
         def take() -> None:
             items, answer = answers[0][0], answers[0][1].result()
-            answers.popleft()  # before it is handed over: an interruption in between must not have it counted twice
             with _told("running the network", items, self._grid):
                 *maps, finite = answer.arrays()
             if not finite.all():
@@ -124,6 +123,7 @@ class Pipeline:
                     f"the network gave no number at {_place([items[int(finite.argmin())]], self._grid)} "
                     f"with {self._store.meta.precision}; try --precision fp32"
                 )
+            answers.popleft()  # before it is handed over: an interruption in between must not have it counted twice
             writes.append(writing.submit(self._add, items, maps))
             with _timed(self._spent, "writer"):
                 while writes and (writes[0].done() or len(writes) > WRITES_AHEAD):
