@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from wsipipe.training.config import experiment_files
+
 REPOSITORY = Path(workflow.basedir).parent
 EXPERIMENTS = REPOSITORY / "configs" / "experiments"
 MINI = config.get("scale", "full") == "mini"
@@ -65,11 +67,7 @@ def training_set(wildcards):
 
 
 def experiment(wildcards):
-    """The file of an experiment, and those that it is based on."""
-    files = [EXPERIMENTS / wildcards.data / f"{wildcards.experiment}.yaml"]
-    while base := yaml.safe_load(files[-1].read_text()).get("base"):
-        files.append(files[-1].parent / base)
-    return files
+    return experiment_files(EXPERIMENTS / wildcards.data / f"{wildcards.experiment}.yaml")
 
 
 def protocol(wildcards):

@@ -58,7 +58,9 @@ class NucleiConfig(_Settings):
     )
     hv_kernel_um: float = Field(3.75, gt=0, le=10, description="extent of the filter that takes those slopes, µm")
     marker_threshold: float = Field(0.4, gt=0, lt=1, description="share of border from which a pixel marks no nucleus")
-    max_hole_um: float = Field(4.0, ge=0, le=1000, description="holes as wide and high are filled, µm")
+    max_hole_um: float = Field(
+        4.0, ge=0, le=1000, description="holes as wide and high are filled before nuclei are parted, µm"
+    )
     simplify_px: float = Field(0.5, ge=0, le=2, description="outlines move by no more, working px")
 
     @field_validator("hv_scale")

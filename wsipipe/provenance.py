@@ -192,7 +192,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]  # a sha256 is told by its start
     text = str(value)
-    if len(text) == 64:
-        return text[:12]  # a sha256 is told by its start
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."  # the outline of a region is long

@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 FORMAT = "wsipipe nuclei"
 FORMAT_VERSION = 2
 SUM_KEY = "wsipipe-crc32"  # of the text under the key "wsipipe"; pages have checksums of their own
+MAKE_AGAIN = "make it again with 'wsipipe nuclei --overwrite'"
 ROW_GROUP = 50_000  # nuclei; about 15 MB in memory, and few enough groups for a slide of millions
 # Rows are sorted by squares of this side, so that their order does not tell how the slide was cut into
 # blocks and a row group is a compact region. One row of squares over the slide is held in memory at a time.
 SQUARE_PX0 = 1024
-MAKE_AGAIN = "make it again with 'wsipipe nuclei --overwrite'"
 REACH_UM = 50.0  # up to where another nucleus is a neighbour
 # What a block cannot know of its nuclei is told by the table: how many neighbours each has, and how far the nearest is.
 _SURROUNDINGS = [pa.field("neighbors_50um", pa.int32()), pa.field("nearest_um", pa.float32())]

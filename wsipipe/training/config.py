@@ -148,7 +148,10 @@ def load_experiment(path: Path, overrides: dict[str, Any] | None = None) -> Trai
     ConfigError
         If a file cannot be read, or with every setting that is unknown, missing or out of range.
     """
-    values = merged(_read(path, ()), overrides or {})
+    values: dict[str, Any] = {}
+    for file in reversed(experiment_files(path)):
+        values = merged(values, {key: value for key, value in _read(file).items() if key != "base"})
+    values = merged(values, overrides or {})
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
@@ -180,14 +183,28 @@ def parse_changes(given: list[str]) -> dict[str, Any]:
     return changes
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path} is its own base; remove one `base:`")
+def experiment_files(path: Path) -> list[Path]:
+    """The file of an experiment and those that it builds on by `base:`, each after the one that names it.
+
+    Raises
+    ------
+    ConfigError
+        If one cannot be read, or is its own base.
+    """
+    files = [path]
+    while base := _read(files[-1]).get("base"):
+        path = files[-1].parent / str(base)
+        if path.resolve() in [file.resolve() for file in files]:
+            raise ConfigError(f"{path} is its own base; remove one `base:`")
+        files.append(path)
+    return files
+
+
+def _read(path: Path) -> dict[str, Any]:
     values = read_yaml(path, "an experiment")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings such as 'model: cellvta-nano', not a {type(values).__name__}")
-    base = values.pop("base", None)
-    return values if base is None else merged(_read(path.parent / str(base), (*seen, path.resolve())), values)
+    return values
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

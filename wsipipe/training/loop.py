@@ -28,7 +28,7 @@ from wsipipe.training.config import TrainConfig, load_experiment
 from wsipipe.training.crops import Item, MixedCrops
 from wsipipe.training.data import same_classes
 from wsipipe.training.found import nuclei_of
-from wsipipe.training.network import normalised, parameter_groups, spec_of, start_network
+from wsipipe.training.network import classes_at_the_start, normalised, parameter_groups, spec_of, start_network
 from wsipipe.training.objectives import Objective, objective_of
 from wsipipe.training.run_folder import Part, RunFolder
 from wsipipe.training.schedule import Schedule, rate, schedule_of
@@ -43,13 +43,15 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig, run: Path) -> Path:
     """Train, or go on with a run that was interrupted; the path of the best checkpoint.
 
-    The network gets the classes of the data, where these are typed, and of the tissues, where they name any and the
-    network has a head for them.
+    The network gets the classes of the data, or where none are typed those of the weights that it starts with; and the
+    tissues of the data, where they name any and the network has a head for them.
 
     Raises
     ------
     ConfigError
         If the model is unknown or cannot be trained so, or a split is empty.
+    ModelError
+        If the weights to start with cannot be read.
     DataError
         If a patch set does not hold what its layout promises.
     StoreError
@@ -58,7 +60,7 @@ def train(config: TrainConfig, run: Path) -> Path:
     team = start_team(config)
     sets = open_sets(config)
     tissues = tuple(sorted({tissue for patches in sets.values() for tissue in patches.tissues}))
-    spec = spec_of(config, same_classes(list(sets.values())), tissues)
+    spec = spec_of(config, same_classes(list(sets.values())) or classes_at_the_start(config), tissues)
     tissues = tissues if spec.settings.get("tissue_classes") else ()
     objective = objective_of(spec, config)
     crops = training_crops(config, spec, sets, tissues, objective.targets)
@@ -66,9 +68,8 @@ def train(config: TrainConfig, run: Path) -> Path:
     schedule = schedule_of(config, crops.images)
     device = team.device if team.num_processes > 1 else choose_device(config.device)
     learner, folder = Learner(config, spec, objective, device), RunFolder(run)
-    with folder.held() if team.is_main_process else nullcontext():
-        if team.is_main_process:
-            folder.claim(config, {str(path): patches.fingerprint for path, patches in sets.items()}, learner.precision)
+    data = {str(path): patches.fingerprint for path, patches in sets.items()}
+    with folder.claimed(config, data, learner.precision) if team.is_main_process else nullcontext():
         team.wait_for_everyone()
         return _learn(learner, folder, crops, held, schedule, team)
 

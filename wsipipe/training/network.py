@@ -30,7 +30,7 @@ COLOURS = (
 def spec_of(config: TrainConfig, classes: tuple[str, ...] | None, tissues: Sequence[str] = ()) -> ModelSpec:
     """The registry's spec, with the settings of the experiment and the classes of the data.
 
-    Where no data are typed (`classes` None) they are those of the weights to start with; without such there are none.
+    `classes` None: those of the registry.
 
     Raises
     ------
@@ -49,12 +49,25 @@ def spec_of(config: TrainConfig, classes: tuple[str, ...] | None, tissues: Seque
     if "cell_px" in settings:
         spec = replace(spec, tile_step=(GRID_PX * settings["cell_px"], 0))
     spec.require_side("crop_px", config.crop_px)
-    if classes is None and config.start_from is None and config.widen_from is None:
-        classes = ("background",)  # neither the data nor other weights teach it a type
     if classes is not None and classes != spec.class_names:
         colours = ((0, 0, 0), *(COLOURS[i % len(COLOURS)] for i in range(len(classes) - 1)))
         spec = replace(spec, class_names=classes, class_colours=colours)
     return spec
+
+
+def classes_at_the_start(config: TrainConfig) -> tuple[str, ...] | None:
+    """The classes of the weights to start with, None for a run's `last.pt`, which does not say; random ones know none.
+
+    Raises
+    ------
+    ModelError
+        If there are no such weights, or they cannot be read.
+    """
+    given = config.start_from or config.widen_from
+    if given is None:
+        return ("background",)
+    path = find_checkpoint(given)
+    return None if path.suffix == ".pt" else open_checkpoint(path)[1].class_names
 
 
 def start_network(spec: ModelSpec, config: TrainConfig) -> nn.Module:

@@ -76,7 +76,8 @@ def _of_hovernet(spec: ModelSpec, config: TrainConfig) -> Objective:
 
 def _of_distances(spec: ModelSpec, config: TrainConfig) -> Objective:
     """CISCNet; `losses` are factors of the types by name: 3 for those that are rare in CoNIC, else 1, by default."""
-    types = _taught_types(spec)
+    _require_types(spec)
+    types = spec.class_names[1:]
     factors = {name: 3.0 if name in RARE_TYPES else 1.0 for name in types} | _weights(config, types, given_only=True)
     near = (1.0, *(2.0 if name in RARE_TYPES else 1.0 for name in types))
 
@@ -89,7 +90,7 @@ def _of_distances(spec: ModelSpec, config: TrainConfig) -> Objective:
 
 def _of_points(spec: ModelSpec, config: TrainConfig) -> Objective:
     """PointNu-Net; `losses` weigh `category` and `masks`, 1 each by default."""
-    _taught_types(spec)
+    _require_types(spec)
     weights = _weights(config, ("category", "masks"))
     return Objective(PointTargets(len(spec.class_names)), _summed(point_losses, weights))
 
@@ -103,11 +104,10 @@ OBJECTIVES: dict[str, Callable[[ModelSpec, TrainConfig], Objective]] = {
 }
 
 
-def _taught_types(spec: ModelSpec) -> tuple[str, ...]:
-    """The types of nuclei; those networks find nuclei by their type."""
+def _require_types(spec: ModelSpec) -> None:
+    """Raise ConfigError if a network that finds nuclei by their types is to be taught none."""
     if len(spec.class_names) < 2:
         raise ConfigError(f"{spec.name} finds nuclei by their types, and none of the data has any; train a cellvta")
-    return spec.class_names[1:]
 
 
 def _weights(config: TrainConfig, names: Iterable[str], *, given_only: bool = False) -> dict[str, float]:

@@ -88,22 +88,24 @@ class RunFolder:
         self._board: Any = None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the folder against other processes while the block runs; StoreError if one has it."""
-        lock = Lock(self.path / "last.pt")
-        try:
-            yield
-        finally:
-            lock.release()
+    def claimed(self, config: TrainConfig, data: Mapping[str, str], precision: Precision) -> Iterator[None]:
+        """Hold the folder against other processes while the block runs.
 
-    def claim(self, config: TrainConfig, data: Mapping[str, str], precision: Precision) -> None:
-        """Put settings and the data's fingerprints into a new run; `precision` is what that of the settings stands for.
+        A new run gets settings and the data's fingerprints; `precision` is what that of the settings stands for.
 
         Raises
         ------
         StoreError
-            If the folder holds a run that was begun with others; its length may change.
+            If the folder holds a run that was begun with others (its length may change), or another process has it.
         """
+        lock = Lock(self.path / "last.pt")
+        try:
+            self._belongs_to(config, data, precision)
+            yield
+        finally:
+            lock.release()
+
+    def _belongs_to(self, config: TrainConfig, data: Mapping[str, str], precision: Precision) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         path, wanted = self.path / "config.json", config.model_dump(mode="json")
         if path.exists():
