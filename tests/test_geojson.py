@@ -239,6 +239,20 @@ def test_an_overview_holds_every_centre_once_in_one_annotation_a_type(tmp_path, 
     assert {feature["properties"]["objectType"] for feature in features} == {"annotation"}
 
 
+def test_an_overview_lacks_no_nucleus_without_a_type_where_a_class_has_its_name(tmp_path):
+    nuclei = made_nuclei(scattered(50))
+    ids = [i % 2 for i in range(50)]
+    table = made_table(
+        tmp_path,
+        changed(nuclei, type=["nucleus"] * 50, type_id=ids),
+        class_names=("background", "nucleus"),
+        class_colours=COLOURS[:2],
+    )
+    path = tmp_path / "nuclei.geojson"
+    assert write_geojson(table, path, form="overview").nuclei == 50
+    assert [len(feature["geometry"]["coordinates"]) for feature in loaded(path)["features"]] == [25, 25]
+
+
 @pytest.mark.parametrize("form", ["outlines", "centroids", "overview"])
 def test_nuclei_of_a_network_without_types_have_no_classification_and_lose_nothing(tmp_path, form):
     nuclei = changed(made_nuclei(scattered(20)), type=["nucleus"] * 20, type_id=[0] * 20, type_probability=[None] * 20)

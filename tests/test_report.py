@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from made_nuclei import CLASSES, made_meta, made_nuclei
 from scipy import ndimage
@@ -103,6 +104,32 @@ def test_every_outline_of_a_field_can_be_read_and_hidden():
     for type_id in (1, 2, 3):
         assert f'id="show-{type_id}"' in page
         assert f"#show-{type_id}:not(:checked)" in page
+
+
+def test_nuclei_that_a_network_with_types_gave_none_are_told_too():
+    nuclei = made_nuclei(np.random.default_rng(0).uniform(0, (400, 300), (30, 2)).round(1))
+    types = pa.array([0, *nuclei["type_id"].to_pylist()[1:]], pa.uint8())
+    nuclei = nuclei.set_column(nuclei.schema.get_field_index("type_id"), "type_id", types)
+    counts = {name: types.to_pylist().count(i) for i, name in enumerate(CLASSES) if i}
+    meta = replace(made_meta(400, 300), counts={**counts, "nucleus": 1})
+    page = draw_report(meta, everywhere(400, 300), lambda: [nuclei], noise, FACTS)
+    row = re.search(r"nucleus<td class=\"number\">(\d+)<td class=\"number\">([\d.]+)%", page)
+    assert row is not None
+    assert (row[1], row[2]) == ("1", "3.3")
+    assert re.search(r'<path class="t0" d="M[^"]+z"><title>nucleus, \d+ µm²</title>', page)
+    assert "1 nucleus, " in page
+
+
+def test_equal_areas_make_equal_bars():
+    areas = np.arange(4800) / 80 + 0.005  # forty in every half µm²
+    nuclei = made_nuclei(np.random.default_rng(0).uniform(0, (4000, 3000), (4800, 2)).round(1))
+    for name, values in (("area_um2", pa.array(areas, pa.float32())), ("type_id", pa.array([1] * 4800, pa.uint8()))):
+        nuclei = nuclei.set_column(nuclei.schema.get_field_index(name), name, values)
+    meta = replace(made_meta(4000, 3000), counts={"neoplastic": 4800})
+    page = draw_report(meta, everywhere(4000, 3000), lambda: [nuclei], noise, FACTS)
+    bars = [float(tall) for tall in re.findall(r"v-([\d.]+)h[\d.]+v[\d.]+z", page)]
+    assert len(bars) > 20
+    assert min(bars) > 0.95 * max(bars)
 
 
 @pytest.mark.parametrize(("n", "size"), [(0, (4000, 3000)), (1, (16, 16)), (40, (100_000, 60)), (5, (300, 300))])

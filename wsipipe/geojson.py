@@ -253,10 +253,10 @@ def _write_features(
 def _write_overview(sink: BinaryIO, table: Path, meta: NucleiMeta, offset: tuple[int, int]) -> int:
     """All nuclei of a type as one annotation of points, the quickest for QuPath; a pass over the table for each."""
     written = 0
-    counts = [meta.counts.get(name, 0) for name in meta.class_names[1:]]
-    for type_id, count in enumerate([meta.count - sum(counts), *counts]):  # first those without a type
-        if not count:
-            continue
+    present: set[int] = set()
+    for batch in read_nuclei(table, ["type_id"])[1]:
+        present.update(batch["type_id"].unique().to_pylist())
+    for type_id in sorted(present):
         annotation = uuid.uuid5(uuid.NAMESPACE_OID, f"{meta.fingerprint} {type_id}")
         opening = f'{{"type":"Feature","id":"{annotation}","geometry":{{"type":"MultiPoint","coordinates":['
         sink.write((",\n" if written else "").encode() + opening.encode())

@@ -3,7 +3,8 @@
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import shapely
 from PIL import Image
 
+from wsipipe.features import UNTYPED
 from wsipipe.focus import PLACES, Focus
 from wsipipe.geometry import Box
 from wsipipe.overlay import (
@@ -259,7 +261,7 @@ def _types(meta: NucleiMeta, sizes: Mapping[int, Sizes], area_mm2: float) -> lis
                 "area_share": size.total_um2 / whole.total_um2 if whole.total_um2 else 0.0,
                 "area_mm2": size.total_um2 / 1e6,
                 "median_um2": size.quantile(0.5),
-                "certainty": size.probability / size.count if size.count else None,
+                "certainty": size.probability / size.count if type_id and size.count else None,
             }
         )
     most = max((max(row["share"], row["area_share"]) for row in rows), default=0.0) or 1.0
@@ -315,13 +317,12 @@ def _fields(fields: Sequence[Box], meta: NucleiMeta, nuclei: Nuclei, read: Reade
     shown = []
     for box, found in zip(fields, outlines, strict=True):
         corners = meta.grid.to_px0([(box.x0, box.y0), (box.x1, box.y1)])
-        counts = {name: sum(one["type_id"] == type_id and one["inside"] for one in found)
-                  for type_id, name in _named(meta, {one["type_id"] for one in found})}  # fmt: skip
+        inside = Counter(one["type_id"] for one in found if one["inside"])
         shown.append(
             {
                 "image": _jpeg(read(box, meta.grid)),
                 "outlines": found,
-                "counts": {name: count for name, count in counts.items() if count},
+                "counts": [(name, inside[type_id]) for type_id, name in _named(meta, inside) if inside[type_id]],
                 "box": _on_view(corners, view),
             }
         )
@@ -341,7 +342,7 @@ def _outlines(rows: pa.RecordBatch, meta: NucleiMeta, box: Box) -> list[dict[str
     for row in rows.select(["type_id", "type_probability", "area_um2", "x_px0", "y_px0", "geometry"]).to_pylist():
         corners = meta.grid.from_px0(shapely.get_coordinates(shapely.from_wkb(row["geometry"]))) - (box.x0, box.y0)
         told = names[row["type_id"]]
-        if row["type_probability"] is not None:
+        if row["type_id"] and row["type_probability"] is not None:
             told += f" {row['type_probability']:.0%}"
         centre = meta.grid.from_px0((row["x_px0"], row["y_px0"]))
         found.append(
@@ -355,12 +356,10 @@ def _outlines(rows: pa.RecordBatch, meta: NucleiMeta, box: Box) -> list[dict[str
     return found
 
 
-def _named(meta: NucleiMeta, present: Iterable[int]) -> list[tuple[int, str]]:
-    """(type_id, name) of all types of the model; without any, of what is there."""
-    if len(meta.class_names) > 1:
-        return list(enumerate(meta.class_names))[1:]
-    untyped = next(iter(meta.counts), "nucleus")
-    return [(type_id, untyped) for type_id in sorted(set(present))]
+def _named(meta: NucleiMeta, present: Container[int]) -> list[tuple[int, str]]:
+    """(type_id, name) of all types of the model, after nuclei without a type, if such are present."""
+    untyped = [(0, UNTYPED)] if 0 in present else []
+    return untyped + list(enumerate(meta.class_names))[1:]
 
 
 def _together(sizes: Iterable[Sizes]) -> Sizes:
