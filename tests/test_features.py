@@ -417,6 +417,19 @@ def test_small_nuclei_are_left_out_and_counted_unless_they_are_certain() -> None
         assert (qc.nuclei, qc.small) == (len(kept), 3 - len(kept))
 
 
+def test_nothing_is_counted_of_nuclei_whose_centroid_lies_outside_the_region() -> None:
+    nuclei = [(40, 60, 3, 3, 0), (90, 60, 12, 10, 0), (150, 60, 12, 10, 0), (210, 60, 3, 3, 0)]
+    labels = draw_ellipses((120, 260), nuclei)
+    maps, grid = maps_of(labels), grid_of(labels, 2.0)
+    everywhere, _ = describe_nuclei(labels, maps, grid.box, grid.box, grid, TYPES, "f00d", None, NucleiConfig())
+    inside, qc = describe_nuclei(
+        labels, maps, grid.box, grid.box, grid, TYPES, "f00d", None, NucleiConfig(), shapely.box(0, 0, 240, 240)
+    )
+    assert len(everywhere) == 2
+    assert inside["id"].to_pylist() == everywhere["id"].to_pylist()[:1]
+    assert (qc.nuclei, qc.small) == (1, 1)
+
+
 def test_only_nuclei_whose_centroid_lies_in_the_core_are_there() -> None:
     labels = draw_ellipses((100, 100), [(30, 30, 10, 10, 0), (70, 30, 10, 10, 0)])
     columns, _ = described(labels, core=Box(0, 0, 69, 100))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import shapely
 
 from wsipipe.config import NucleiConfig
 from wsipipe.geometry import Box, Grid
@@ -76,6 +77,7 @@ def nuclei_of_block(
     fingerprint: str,
     rgb: npt.NDArray[np.uint8] | None,
     config: NucleiConfig,
+    region: shapely.Geometry | None = None,
 ) -> tuple[pa.RecordBatch, BlockQC]:
     """Find and describe the nuclei that a block owns: a pure function of what lies in `read`.
 
@@ -98,6 +100,8 @@ def nuclei_of_block(
     rgb : (H, W, 3) uint8 or None
         Pixels of `read`, for the stains.
     config : NucleiConfig
+    region : Polygon or MultiPolygon, optional
+        Level-0 px: no block owns a nucleus whose centroid lies outside.
 
     Returns
     -------
@@ -109,7 +113,7 @@ def nuclei_of_block(
     maps = Maps(maps.nuclei[part], maps.offsets[part], maps.types[part])
     rgb = None if rgb is None else rgb[part[1:]]
     labels = label_nuclei(maps, grid.mpp, config)
-    return describe_nuclei(labels, maps, seen, core, grid, class_names, fingerprint, rgb, config)
+    return describe_nuclei(labels, maps, seen, core, grid, class_names, fingerprint, rgb, config, region)
 
 
 def describe_nuclei(
@@ -122,6 +126,7 @@ def describe_nuclei(
     fingerprint: str,
     rgb: npt.NDArray[np.uint8] | None,
     config: NucleiConfig,
+    region: shapely.Geometry | None = None,
 ) -> tuple[pa.RecordBatch, BlockQC]:
     """Measure the nuclei whose centroid lies in `core`.
 
@@ -130,7 +135,7 @@ def describe_nuclei(
     labels : (H, W) int32
         Instance map of `read`. Of a nucleus in pieces the largest counts, holes are filled, and a nucleus
         within another is part of it.
-    maps, read, core, grid, class_names, fingerprint, rgb, config
+    maps, read, core, grid, class_names, fingerprint, rgb, config, region
         As for `nuclei_of_block`.
 
     Returns
@@ -184,19 +189,20 @@ def describe_nuclei(
     area = count * grid.pixel_um2
     probability = sums.np_sum[ids] / (255 * count)
     uncertain = (area < config.small_area_um2) & (probability < config.small_probability)
-    owned, small = core.owns(*centre.T), (area < config.min_area_um2) | uncertain
+    place = grid.to_px0(centre)
+    inside = np.True_ if region is None else shapely.contains_xy(region, place)
+    owned, small = core.owns(*centre.T) & inside, (area < config.min_area_um2) | uncertain
     keep = np.flatnonzero(owned & ~small & valid)
     qc = BlockQC(
         nuclei=keep.size,
         small=int((owned & small).sum()),
         invalid=int((owned & ~small & ~valid).sum()),
-        wide=int(_too_wide(sums.boxes[ids], read, grid, config).sum()),
+        wide=int((_too_wide(sums.boxes[ids], read, grid, config) & inside).sum()),
     )
 
     perimeter, solidity = outlines.measures(grid.mpp_x, grid.mpp_y)
     major, minor = _axes_um(count, sums.moments[ids], grid)
     type_id, type_probability = _types(sums.nc_sum[ids], count)
-    place = grid.to_px0(centre)
     columns: dict[str, npt.NDArray[Any]] = {
         "type_id": type_id,
         "probability": probability,

@@ -222,7 +222,8 @@ def find_nuclei(sources: Sources, core: Box, config: NucleiConfig) -> tuple[pa.R
     """The nuclei that a block owns; runs on any worker that sees the files."""
     slide, store = sources.slide, sources.store
     grid, read = store.meta.grid, core.grown(config.halo_px)
-    nuclei, qc = nuclei_of_block(
+    region = store.meta.tissue_settings.get("region")
+    return nuclei_of_block(
         store.read(read),
         read,
         core,
@@ -232,11 +233,7 @@ def find_nuclei(sources: Sources, core: Box, config: NucleiConfig) -> tuple[pa.R
         slide.read(read, grid),
         config,
     )
-    region = store.meta.tissue_settings.get("region")
-    if region is not None:  # the mask holds tiles to it coarsely
-        inside = shapely.contains_xy(shapely.from_wkt(region), nuclei["x_px0"], nuclei["y_px0"])
-        nuclei = nuclei.filter(pa.array(inside))
-    return nuclei, qc
+        None if region is None else shapely.from_wkt(region),
 
 
 def check_seams(table: Path, store: MapStore, config: NucleiConfig) -> SeamFigures:
