@@ -223,8 +223,8 @@ def checks(meta: NucleiMeta, tissue: TissueMask, sizes: Mapping[int, Sizes], fac
         ratio, sd = facts.seams.get("density_ratio"), facts.seams.get("density_ratio_sd")
         said = (
             "There are none." if ratio is None else
-            f"Density near seams {ratio:.2f} ± {sd:.2f} of elsewhere; {facts.seams.get('straight', 0)} outlines cut "
-            f"straight there, {facts.seams.get('straight_elsewhere', 0)} on lines elsewhere; "
+            f"Density near borders of tiles {ratio:.2f} ± {sd:.2f} of elsewhere; {facts.seams.get('straight', 0)} "
+            f"outlines cut straight there, {facts.seams.get('straight_elsewhere', 0)} on lines elsewhere; "
             f"{facts.seams.get('overlaps', 0)} of {facts.seams.get('crossing', 0)} crossing nuclei found twice."
         )  # fmt: skip
         shows = bool(facts.seams.get("shows"))

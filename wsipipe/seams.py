@@ -1,11 +1,13 @@
-"""Whether blocks show in the nuclei that were found: what lies on the seams between them, against what lies elsewhere.
+"""Whether tiles show in the nuclei that were found: what lies on the seams between them, against what lies elsewhere.
 
-Elsewhere is a line down the middle of the block before each seam, as long as the seam and half a block away. What
+Elsewhere is a line down the middle of the tile before each seam, as long as the seam and half a tile away. What
 nuclei look like by nature is the same on both but for where tissue is denser; what cutting does to them is on the seams
-alone. Density is that on tissue: a piece that two blocks share covers their seam, but not always their middles.
+alone, be it that the network sees a nucleus otherwise from either side, or that the blocks in which nuclei are found,
+whose borders are seams too, were not exact. Density is that on tissue: a piece that two tiles share covers their seam,
+but not always their middles.
 
-The density ratio is 1 in the mean wherever nuclei lie without regard to the blocks. From one slide it is as sure as its
-standard deviation tells: nuclei come in crowds, and a slide of few blocks has few seams, of which one may run through a
+The density ratio is 1 in the mean wherever nuclei lie without regard to the tiles. From one slide it is as sure as its
+standard deviation tells: nuclei come in crowds, and a slide of few tiles has few seams, of which one may run through a
 crowd and its line elsewhere through fat. So the deviation is not taken from the number of nuclei alone, but also from
 how much the seams of the slide differ among themselves, each against its own line.
 """
@@ -30,6 +32,7 @@ STRAIGHT_UM = 3.0  # by nature few edges of an outline are as long and parallel 
 OVERLAP = 0.2  # of the smaller nucleus; outlines of neighbours, simplified each for itself, may overlap by a sliver
 ON_LINE_PX = 0.2  # outlines are rounded to 0.1 level-0 px
 SURPRISE = 4.0  # standard deviations
+TWICE = 0.0025  # of the nuclei on seams, of which down to a quarter are borders of blocks and can have them doubled
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class SeamFigures:
     near_um : float
         Up to what distance from a line a centre counts as near it.
     seam_mm : float
-        Length of all seams between blocks with tissue.
+        Length of all seams between tiles with tissue.
     near, elsewhere : int
         Centres on tissue near a seam, and near a line elsewhere.
     near_mm2, elsewhere_mm2 : float
@@ -53,7 +56,7 @@ class SeamFigures:
     overlaps : int
         Pairs of them of which one covers a fifth or more of the smaller.
     seams : int
-        Seams of one side of a block each.
+        Seams of one side of a tile each.
     spread : float
         Standard deviation of the density ratio, from how the seams differ; 0 where there are fewer than two.
     """
@@ -94,15 +97,15 @@ class SeamFigures:
         return (
             (ratio is not None and sd is not None and abs(ratio - 1) > SURPRISE * max(sd, 0.01))
             or self.straight - self.straight_elsewhere > SURPRISE * sqrt(self.straight + self.straight_elsewhere)
-            or self.overlaps > 0.01 * self.crossing
+            or self.overlaps > TWICE * self.crossing
         )
 
     def __str__(self) -> str:
         ratio, sd = self.density_ratio, self.density_ratio_sd
         if ratio is None or sd is None:
-            return "no seams between blocks to be seen"
+            return "no seams between tiles to be seen"
         return (
-            f"nuclei near seams between blocks {ratio:.3f} ± {sd:.3f} of elsewhere, {self.straight} cut straight there "
+            f"nuclei near seams between tiles {ratio:.3f} ± {sd:.3f} of elsewhere, {self.straight} cut straight there "
             f"({self.straight_elsewhere} elsewhere), {self.overlaps} of {self.crossing} found twice"
         )
 
@@ -121,9 +124,9 @@ class SeamCheck:
     grid : Grid
         The working grid.
     side : int
-        Of a block, working px; blocks begin at the slide's corner.
+        Of what a tile answers for, working px; tiles begin at the slide's corner.
     wanted : (rows, columns) bool
-        Blocks with tissue. A seam is where two of them meet.
+        Tiles with tissue. A seam is where two of them meet.
     halo_px : int
         How far a nucleus reaches from its centre at most, for overlaps to be found.
     tissue : TissueMask
@@ -134,11 +137,11 @@ class SeamCheck:
         self._grid, self._side, self._halo_px0 = grid, side, halo_px * grid.scale_y
         self._near = min(NEAR_UM / grid.mpp, side / 4)
         framed = np.pad(wanted, 1)
-        # for a block: whether a seam is on its right, left, lower and upper side
+        # for a tile: whether a seam is on its right, left, lower and upper side
         self._right, self._left = wanted & framed[1:-1, 2:], wanted & framed[1:-1, :-2]
         self._below, self._above = wanted & framed[2:, 1:-1], wanted & framed[:-2, 1:-1]
         self._counts = dict.fromkeys(("straight", "straight_elsewhere", "crossing", "overlaps"), 0)
-        # centres by axis and by the block before the seam
+        # centres by axis and by the tile before the seam
         self._near_seam, self._near_middle = np.zeros((2, *wanted.shape), int), np.zeros((2, *wanted.shape), int)
         self._tissue = tissue
         self._held: npt.NDArray[np.object_] = np.empty(0, object)
@@ -146,9 +149,9 @@ class SeamCheck:
     def add(self, x_px0: Floats, y_px0: Floats, polygons: npt.NDArray[np.object_], later_px0: float = -np.inf) -> None:
         """Count nuclei by their centres (N,) and outlines (N,), level-0 px; later ones have y >= `later_px0`."""
         centres = self._grid.from_px0(np.stack([x_px0, y_px0], axis=1))
-        blocks = self._blocks(centres)
+        tiles = self._tiles(centres)
         on_tissue = self._tissue.holds(np.stack([x_px0, y_px0], axis=1))
-        self._count_centres((centres - blocks * self._side)[on_tissue], blocks[on_tissue])
+        self._count_centres((centres - tiles * self._side)[on_tissue], tiles[on_tissue])
 
         bounds = shapely.bounds(polygons) / np.tile((self._grid.scale_x, self._grid.scale_y), 2)
         for offset, name in ((0, ""), (self._side // 2, "_elsewhere")):
@@ -184,7 +187,7 @@ class SeamCheck:
         )
 
     def _areas(self, offset: int) -> Floats:
-        """Tissue near the lines `offset` px from the corners of the blocks before the seams, px²; by seam."""
+        """Tissue near the lines `offset` px from the corners of the tiles before the seams, px²; by seam."""
         boxes = []
         for axis, seam in ((0, self._right), (1, self._below)):
             corner = np.argwhere(seam)[:, ::-1] * float(self._side)
@@ -194,22 +197,22 @@ class SeamCheck:
         ends = np.minimum(np.concatenate(boxes, axis=1), (self._grid.width, self._grid.height))
         return self._tissue.area_px0(*self._grid.to_px0(ends)) / (self._grid.scale_x * self._grid.scale_y)
 
-    def _blocks(self, places: Floats) -> Longs:
-        """(column, row) of the block of each place on the grid (N, 2)."""
+    def _tiles(self, places: Floats) -> Longs:
+        """(column, row) of the tile of each place on the grid (N, 2)."""
         rows, columns = self._right.shape
         return np.clip(np.floor(places / self._side).astype(np.int64), 0, (columns - 1, rows - 1))
 
-    def _count_centres(self, place: Floats, blocks: Longs) -> None:
-        """`place` (N, 2) is counted from the corner of the block."""
+    def _count_centres(self, place: Floats, tiles: Longs) -> None:
+        """`place` (N, 2) is counted from the corner of the tile."""
         for axis, before, after in ((0, self._left, self._right), (1, self._above, self._below)):
             at, step = place[:, axis], np.eye(2, dtype=np.int64)[axis]
             for counts, where, owner in (
-                (self._near_seam, (at < self._near) & before[blocks[:, 1], blocks[:, 0]], blocks - step),
-                (self._near_seam, (at >= self._side - self._near) & after[blocks[:, 1], blocks[:, 0]], blocks),
+                (self._near_seam, (at < self._near) & before[tiles[:, 1], tiles[:, 0]], tiles - step),
+                (self._near_seam, (at >= self._side - self._near) & after[tiles[:, 1], tiles[:, 0]], tiles),
                 (
                     self._near_middle,
-                    (np.abs(at - self._side // 2) < self._near) & after[blocks[:, 1], blocks[:, 0]],
-                    blocks,
+                    (np.abs(at - self._side // 2) < self._near) & after[tiles[:, 1], tiles[:, 0]],
+                    tiles,
                 ),
             ):
                 column, row = owner[where].T
@@ -217,7 +220,7 @@ class SeamCheck:
 
     def _crossing(self, bounds: Floats) -> Bools:
         """Which boxes (N, 4), grid px, meet a seam."""
-        first, last = self._blocks(bounds[:, :2] - ON_LINE_PX), self._blocks(bounds[:, 2:] + ON_LINE_PX)
+        first, last = self._tiles(bounds[:, :2] - ON_LINE_PX), self._tiles(bounds[:, 2:] + ON_LINE_PX)
         sideways, down = first[:, 0] < last[:, 0], first[:, 1] < last[:, 1]
         right = self._right[first[:, 1], first[:, 0]] | self._right[last[:, 1], first[:, 0]]
         below = self._below[first[:, 1], first[:, 0]] | self._below[first[:, 1], last[:, 0]]
@@ -225,7 +228,7 @@ class SeamCheck:
         return crossing
 
     def _straight(self, polygons: npt.NDArray[np.object_], offset: int) -> int:
-        """How many outlines have a straight edge on a line `offset` px from the upper or left end of a block."""
+        """How many outlines have a straight edge on a line `offset` px from the upper or left end of a tile."""
         points, nucleus = shapely.get_coordinates(shapely.get_exterior_ring(polygons), return_index=True)
         if not len(points):
             return 0
@@ -240,8 +243,8 @@ class SeamCheck:
             long = np.abs(a - b)[:, 1 - axis] * self._grid.mpp >= STRAIGHT_UM
             edges = np.flatnonzero(on_line & long)
             middle = (a[edges] + b[edges]) / 2
-            middle[:, axis] = at[edges] - (0 if offset else self._side / 2)  # in the block that has the seam behind it
-            column, row = self._blocks(middle).T
+            middle[:, axis] = at[edges] - (0 if offset else self._side / 2)  # in the tile that has the seam behind it
+            column, row = self._tiles(middle).T
             found[nucleus[edges[(middle[:, axis] >= 0) & seam[row, column]]]] = True
         return int(found.sum())
 

@@ -16,8 +16,8 @@ import wsipipe
 from wsipipe.config import NucleiConfig
 from wsipipe.errors import ConfigError, SettingsError, StoreError
 from wsipipe.features import BlockQC, nuclei_of_block
-from wsipipe.folder import record_of, write_record
-from wsipipe.geometry import Box
+from wsipipe.folder import drop_record, record_of, write_record
+from wsipipe.geometry import Box, partition
 from wsipipe.progress import Progress
 from wsipipe.provenance import require_same_slide, tissue_sum
 from wsipipe.seams import SeamCheck, SeamFigures
@@ -155,7 +155,7 @@ class NucleiRun:
                 "make the nuclei again with a larger nuclei.halo_px", meta.qc["wide"], self._config.halo_px,
             )  # fmt: skip
         if seams.shows:
-            log.warning("%s: the seams between blocks show in the result: %s", self._slide.name, seams)
+            log.warning("%s: the borders of tiles show in the result: %s", self._slide.name, seams)
         self._write_record(meta, seams)
         return NucleiSummary(meta, seconds, seams)
 
@@ -237,11 +237,11 @@ def find_nuclei(sources: Sources, core: Box, config: NucleiConfig) -> tuple[pa.R
 
 
 def check_seams(table: Path, store: MapStore, config: NucleiConfig) -> SeamFigures:
-    """Whether the nuclei of a table show where the blocks met that they were found in."""
-    side, grid = store.meta.geometry.chunk_px, store.meta.grid
-    wanted = np.zeros((-(-grid.height // side), store.meta.columns), bool)
-    wanted.flat[list(store.wanted)] = True
-    check = SeamCheck(grid, side, wanted, config.halo_px, TissueMask(store.tissue, store.meta.tissue_grid))
+    """Whether the nuclei of a table show where tiles met, of which some are the borders of blocks too."""
+    side, grid = store.meta.geometry.core_px, store.meta.grid
+    tissue = TissueMask(store.tissue, store.meta.tissue_grid)
+    wanted = np.array([tissue.reaches(core, grid) for core in partition(grid.box, side)])
+    check = SeamCheck(grid, side, wanted.reshape(-1, -(-grid.width // side)), config.halo_px, tissue)
     for batch in read_nuclei(table, ["x_px0", "y_px0", "geometry"])[1]:
         x, y, outlines = (batch[name].to_numpy(zero_copy_only=False) for name in batch.schema.names)
         # a table's rows are sorted by rows of squares
