@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import geopandas
 import numpy as np
+import pyarrow as pa
 import pytest
 import shapely
 from shapely.geometry import mapping
@@ -253,6 +254,28 @@ def test_a_coarser_scan_of_the_same_tissue_has_its_nuclei_in_the_same_places(tin
         table = geopandas.read_parquet(tmp_path / name / "nuclei.parquet").sort_values(["x_um", "y_um"])
         places[name] = table[["x_um", "y_um"]].to_numpy()
     np.testing.assert_allclose(places["coarse"], places["fine"], atol=0.25)  # one working px
+
+
+@pytest.mark.parametrize("x", [252, 256, 505, 512, 517])
+def test_a_region_that_ends_where_tiles_meet_cuts_no_nucleus(tiny, oracle, tmp_path, x):
+    roi = tmp_path / "roi.geojson"
+    roi.write_text(json.dumps(mapping(shapely.box(0, 0, x, 768))))
+    config = load_config(overrides={"maps": {"tile_px": 128, "halo_px": 32, "chunk_tiles": 2}})
+    run(tiny.path, tmp_path / "whole", oracle, config)
+    run(tiny.path, tmp_path / "region", oracle, config, roi=roi)
+    whole, region = (read_nuclei(tmp_path / name / "nuclei.parquet")[1] for name in ("whole", "region"))
+    columns = ["id", "area_um2", "geometry"]
+    found = pa.Table.from_batches(whole)
+    inside = found.filter(pa.array(found["x_px0"].to_numpy() < x)).select(columns)
+    assert pa.Table.from_batches(region).select(columns).to_pylist() == inside.to_pylist()
+
+
+def test_a_region_beside_the_slide_is_refused_before_anything_is_made(tiny, oracle, tmp_path):
+    roi = tmp_path / "roi.geojson"
+    roi.write_text(json.dumps(mapping(shapely.box(5000, 100, 6000, 900))))
+    with pytest.raises(ConfigError, match=r"lie at x 5000 to 6000 and y 100 to 900, not on .* of 1024 x 768 px"):
+        run(tiny.path, tmp_path / "out", oracle, roi=roi)
+    assert not (tmp_path / "out" / "tissue.png").exists()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (300, 1), (1, 4000)])

@@ -82,7 +82,7 @@ class DrawnTissue:
         self.grid = Grid(width, height, 420 / width, 300 / height, 0.25, 0.25)
         self.region = None
 
-    def meets(self, box: Box, grid: Grid) -> bool:
+    def reaches(self, box: Box, grid: Grid) -> bool:
         (x0, y0), (x1, y1) = self.grid.from_px0(grid.to_px0([[box.x0, box.y0], [box.x1, box.y1]]))
         return bool(self.mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].any())
 
@@ -147,7 +147,7 @@ def test_tiles_with_tissue_hold_the_maps_of_the_whole_slide_and_others_nothing(u
     for y in range(0, GRID.height, 32):
         for x in range(0, GRID.width, 32):
             core = Box(x, y, x + 32, y + 32).clipped(GRID.box)
-            has_tissue = TISSUE.meets(core, GRID)
+            has_tissue = TISSUE.reaches(core, GRID)
             tiles += has_tissue
             for one, other in (
                 (found.nuclei, expected.nuclei),

@@ -233,6 +233,27 @@ def test_the_area_within_a_region_is_that_in_which_nuclei_are_kept():
     )
 
 
+@pytest.mark.parametrize("size", [(2300, 500), (1000, 1000), (250, 250), (110, 110), (80, 80), (48, 48)])
+def test_a_slide_that_is_no_whole_number_of_mask_pixels_has_its_own_area(size):
+    grid = Grid.over(*size, 0.25, 0.25, 8.0)
+    whole = TissueMask(np.ones(grid.box.shape, bool), grid, size_px0=size)
+    assert whole.area_mm2 == pytest.approx(size[0] * size[1] / 16 / 1e6)
+    beyond = whole.restricted(shapely.box(20, 10, 9000, 9000))
+    assert beyond.area_mm2 == pytest.approx((size[0] - 20) * (size[1] - 10) / 16 / 1e6)
+    assert whole.restricted(shapely.box(-5, -5, 33, 41)).area_mm2 == pytest.approx(33 * 41 / 16 / 1e6)
+
+
+def test_what_a_nucleus_centred_on_tissue_may_reach_is_reached():
+    mask = np.zeros((10, 10), bool)
+    mask[:, :5] = True
+    coarse, fine = Grid(10, 10, 32, 32, 0.25, 0.25), Grid(160, 160, 2, 2, 0.25, 0.25)
+    tissue = TissueMask(mask, coarse)  # it ends at x = 80 of the fine grid, whose pixels have 0.5 µm
+    assert not tissue.meets(Box(80, 0, 90, 10), fine)
+    assert tissue.reaches(Box(80, 0, 90, 10), fine)
+    assert tissue.reaches(Box(111, 0, 120, 10), fine)
+    assert not tissue.reaches(Box(112, 0, 120, 10), fine)
+
+
 @pytest.mark.parametrize(
     ("name", "mpp", "low", "high"),
     [

@@ -280,7 +280,7 @@ def info(slide: SlidePath, mpp: Mpp = None, model: Model = None, config: ConfigP
         spec = read_spec(find_checkpoint(model or DEFAULT_MODEL))
         grid, found = opened.grid(spec.mpp), find_tissue(opened, settings.tissue)
         geometry = tile_geometry(spec, settings.maps)
-        chunks = [len(tiles) for _, tiles in chunk_grid(grid.box, geometry, lambda core: found.meets(core, grid))]
+        chunks = [len(tiles) for _, tiles in chunk_grid(grid.box, geometry, lambda core: found.reaches(core, grid))]
         bounds = opened.bounds
         rows = {
             "slide": opened.path,

@@ -19,7 +19,7 @@ from wsipipe.tiles import TileGeometry
 if TYPE_CHECKING:
     from wsipipe.slide import Slide
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MOST_SHOWN = 80  # characters of a value in a message
 
 

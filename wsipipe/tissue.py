@@ -21,6 +21,7 @@ INK_AREA_UM2 = 5_000.0  # smaller patches of ink colour are the fringes of sharp
 INK_MARGIN_UM = 24.0  # the blurred rim of a pen stroke has the colour of pale tissue
 # Of the whole image: in a picture smaller than a slide no piece larger than this share is a speck.
 SPECK_SHARE = 0.02
+REACH_UM = 16.0  # how far a nucleus may lie from its own centre
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class TissueMask:
             np.clip(row, 0, self.grid.height - 1), np.clip(column, 0, self.grid.width - 1)
         ]
         return held
+
+    def reaches(self, box: Box, grid: Grid) -> bool:
+        """True if a nucleus whose centre lies on tissue may lie in a box of `grid` in part."""
+        return self.meets(box.grown(math.ceil(REACH_UM / grid.mpp)), grid)
 
     def area_px0(self, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Tissue in rectangles of the slide, from their corners (..., 2), in level-0 px²; exact."""

@@ -154,7 +154,7 @@ def make_maps(
         },
         config_hash=config_hash(config.tissue, config.maps),
     )
-    plan = Plan(meta, lambda core: tissue.meets(core, meta.grid))
+    plan = Plan(meta, lambda core: tissue.reaches(core, meta.grid))
     wanted = plan.wanted()
     with MapStore.resume_or_create(
         out, meta, wanted, tissue.mask, any_precision=precision == "auto", overwrite=overwrite
