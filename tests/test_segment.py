@@ -20,7 +20,7 @@ from shapely.geometry import mapping
 
 from wsipipe.config import Config, TissueConfig, load_config
 from wsipipe.errors import ConfigError, SettingsError, StoreError
-from wsipipe.folder import ResultFolder
+from wsipipe.folder import ResultFolder, record_of
 from wsipipe.model.weights import load_model
 from wsipipe.slide import open_slide
 from wsipipe.stages.export import make_export
@@ -96,6 +96,47 @@ def test_parts_of_an_earlier_export_go_and_what_others_put_there_stays(tiny, ora
     assert exported(split=4) == ["nuclei-001", "nuclei-002", "nuclei-003", "nuclei-009"]
     assert exported(split=6) == ["nuclei-001", "nuclei-002", "nuclei-009"]
     assert exported() == ["nuclei", "nuclei-009"]
+
+
+def test_parts_go_though_an_export_failed_meanwhile(tiny, oracle, tmp_path, monkeypatch):
+    run(tiny.path, tmp_path / "out", oracle)
+    folder = ResultFolder(tmp_path / "out")
+
+    def exported(**options):
+        with open_slide(tiny.path) as slide:
+            tissue = read_tissue(folder.tissue, slide)
+            make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, **options)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("wsipipe.stages.export.draw_overlay", full)
+    with pytest.raises(OSError, match="no space"):
+        exported(split=4)
+    monkeypatch.undo()
+    exported()
+    assert [file.name for file in folder.path.glob("*.geojson.gz")] == ["nuclei.geojson.gz"]
+
+
+def test_no_record_tells_of_a_table_that_it_was_not_written_for(tiny, oracle, tmp_path, monkeypatch):
+    run(tiny.path, tmp_path / "out", oracle)
+    folder, few = ResultFolder(tmp_path / "out"), Config().nuclei.model_copy(update={"min_area_um2": 50.0})
+
+    def made(**options):
+        with open_slide(tiny.path) as slide:
+            return make_nuclei(slide, folder.maps, folder.nuclei, few, **options).meta.counts
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wsipipe.stages.nuclei.check_seams", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(overwrite=True)
+    assert not record_of(folder.nuclei).exists()
+    monkeypatch.undo()
+    counts = made()
+    assert 0 < sum(counts.values()) < 12
+    assert json.loads(record_of(folder.nuclei).read_bytes())["nuclei"] == counts
 
 
 def test_a_second_run_leaves_everything_as_it_is(tiny, oracle, tmp_path):
@@ -215,6 +256,28 @@ def test_nuclei_outside_the_region_are_left_out(tiny, oracle, tmp_path):
     assert (table.x_px0 < 470).all()
 
 
+@pytest.mark.parametrize("x", [252, 256, 505, 512, 517])
+def test_a_region_that_ends_where_tiles_meet_cuts_no_nucleus(tiny, oracle, tmp_path, x):
+    roi = tmp_path / "roi.geojson"
+    roi.write_text(json.dumps(mapping(shapely.box(0, 0, x, 768))))
+    config = load_config(overrides={"maps": {"tile_px": 128, "halo_px": 32, "chunk_tiles": 2}})
+    run(tiny.path, tmp_path / "whole", oracle, config)
+    run(tiny.path, tmp_path / "region", oracle, config, roi=roi)
+    whole, region = (read_nuclei(tmp_path / name / "nuclei.parquet")[1] for name in ("whole", "region"))
+    columns = ["id", "area_um2", "geometry"]
+    found = pa.Table.from_batches(whole)
+    inside = found.filter(pa.array(found["x_px0"].to_numpy() < x)).select(columns)
+    assert pa.Table.from_batches(region).select(columns).to_pylist() == inside.to_pylist()
+
+
+def test_a_region_beside_the_slide_is_refused_before_anything_is_made(tiny, oracle, tmp_path):
+    roi = tmp_path / "roi.geojson"
+    roi.write_text(json.dumps(mapping(shapely.box(5000, 100, 6000, 900))))
+    with pytest.raises(ConfigError, match=r"lie at x 5000 to 6000 and y 100 to 900, not on .* of 1024 x 768 px"):
+        run(tiny.path, tmp_path / "out", oracle, roi=roi)
+    assert not (tmp_path / "out" / "tissue.png").exists()
+
+
 def test_what_tells_of_areas_is_not_made_with_tissue_other_than_that_of_the_nuclei(tiny, oracle, tmp_path):
     out, region = tmp_path / "out", tmp_path / "region.geojson"
     run(tiny.path, out, oracle)
@@ -254,28 +317,6 @@ def test_a_coarser_scan_of_the_same_tissue_has_its_nuclei_in_the_same_places(tin
         table = geopandas.read_parquet(tmp_path / name / "nuclei.parquet").sort_values(["x_um", "y_um"])
         places[name] = table[["x_um", "y_um"]].to_numpy()
     np.testing.assert_allclose(places["coarse"], places["fine"], atol=0.25)  # one working px
-
-
-@pytest.mark.parametrize("x", [252, 256, 505, 512, 517])
-def test_a_region_that_ends_where_tiles_meet_cuts_no_nucleus(tiny, oracle, tmp_path, x):
-    roi = tmp_path / "roi.geojson"
-    roi.write_text(json.dumps(mapping(shapely.box(0, 0, x, 768))))
-    config = load_config(overrides={"maps": {"tile_px": 128, "halo_px": 32, "chunk_tiles": 2}})
-    run(tiny.path, tmp_path / "whole", oracle, config)
-    run(tiny.path, tmp_path / "region", oracle, config, roi=roi)
-    whole, region = (read_nuclei(tmp_path / name / "nuclei.parquet")[1] for name in ("whole", "region"))
-    columns = ["id", "area_um2", "geometry"]
-    found = pa.Table.from_batches(whole)
-    inside = found.filter(pa.array(found["x_px0"].to_numpy() < x)).select(columns)
-    assert pa.Table.from_batches(region).select(columns).to_pylist() == inside.to_pylist()
-
-
-def test_a_region_beside_the_slide_is_refused_before_anything_is_made(tiny, oracle, tmp_path):
-    roi = tmp_path / "roi.geojson"
-    roi.write_text(json.dumps(mapping(shapely.box(5000, 100, 6000, 900))))
-    with pytest.raises(ConfigError, match=r"lie at x 5000 to 6000 and y 100 to 900, not on .* of 1024 x 768 px"):
-        run(tiny.path, tmp_path / "out", oracle, roi=roi)
-    assert not (tmp_path / "out" / "tissue.png").exists()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (300, 1), (1, 4000)])

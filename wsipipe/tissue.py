@@ -35,11 +35,14 @@ class TissueMask:
         Where its pixels lie.
     region : Polygon, MultiPolygon or None
         What it was restricted to, level-0 px: the mask covers it conservatively, nuclei are held to it exactly.
+    size_px0 : (width, height) or None
+        Of the slide at level 0, which no whole number of pixels need cover; None: what the pixels cover.
     """
 
     mask: npt.NDArray[np.bool_]
     grid: Grid
     region: shapely.Geometry | None = None
+    size_px0: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.mask.shape != self.grid.box.shape:
@@ -47,14 +50,19 @@ class TissueMask:
 
     @cached_property
     def area_mm2(self) -> float:
-        """Of a pixel that the region covers in part, that part counts: as nuclei are held to the region."""
-        px = float(np.count_nonzero(self.mask))
+        """Of a pixel that region and slide cover in part, that part counts: nuclei are nowhere else."""
+        grid, whole = self.grid, self.grid.to_px0((self.grid.width, self.grid.height))
+        size = whole if self.size_px0 is None else np.array(self.size_px0, float)
+        area_px0 = float(self.area_px0(np.zeros((1, 2)), size[None])[0])
         if self.region is not None:
-            x, y = _covered(self.region, self.grid)[1].T
-            cut = np.stack([x, y], 1)[self.mask[y, x]]
-            within = shapely.intersection(self.region, shapely.union_all(_squares(cut, 1, self.grid)))
-            px += within.area / (self.grid.scale_x * self.grid.scale_y) - len(cut)
-        return px * self.grid.pixel_um2 / 1e6
+            cut = np.zeros_like(self.mask)
+            cut[tuple(_covered(self.region, grid)[1].T[::-1])] = True
+            cut[-1], cut[:, -1] = True, True  # they reach to the end of the slide
+            corners = np.argwhere(cut & self.mask)[:, ::-1]
+            high = np.where(corners + 1 == (grid.width, grid.height), size, grid.to_px0(corners + 1))
+            cells = shapely.box(*grid.to_px0(corners).T, *high.T)
+            area_px0 += shapely.intersection(self.region, shapely.union_all(cells)).area - shapely.area(cells).sum()
+        return area_px0 * grid.mpp_x0 * grid.mpp_y0 / 1e6
 
     def meets(self, box: Box, grid: Grid) -> bool:
         """True if any part of a box of `grid`, another grid of the slide, lies on tissue.
@@ -69,6 +77,10 @@ class TissueMask:
         left, top = min(int(x0), self.grid.width - 1), min(int(y0), self.grid.height - 1)
         return bool(self.mask[top : math.ceil(y1), left : math.ceil(x1)].any())
 
+    def reaches(self, box: Box, grid: Grid) -> bool:
+        """True if a nucleus whose centre lies on tissue may lie in a box of `grid` in part."""
+        return self.meets(box.grown(math.ceil(REACH_UM / grid.mpp)), grid)
+
     def holds(self, xy_px0: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """True for level-0 points (N, 2) on tissue."""
         column, row = np.floor(self.grid.from_px0(xy_px0)).astype(np.int64).T
@@ -76,10 +88,6 @@ class TissueMask:
             np.clip(row, 0, self.grid.height - 1), np.clip(column, 0, self.grid.width - 1)
         ]
         return held
-
-    def reaches(self, box: Box, grid: Grid) -> bool:
-        """True if a nucleus whose centre lies on tissue may lie in a box of `grid` in part."""
-        return self.meets(box.grown(math.ceil(REACH_UM / grid.mpp)), grid)
 
     def area_px0(self, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Tissue in rectangles of the slide, from their corners (..., 2), in level-0 px²; exact."""
@@ -105,7 +113,7 @@ class TissueMask:
             In level-0 pixels.
         """
         within = region if self.region is None else shapely.intersection(self.region, region)
-        return TissueMask(self.mask & _covered(region, self.grid)[0], self.grid, within)
+        return TissueMask(self.mask & _covered(region, self.grid)[0], self.grid, within, self.size_px0)
 
 
 def tissue_mask(rgb: npt.NDArray[np.uint8], pixel_um: float, config: TissueConfig) -> npt.NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from wsipipe.atomic import finished
 from wsipipe.config import TissueConfig
-from wsipipe.errors import SettingsError, SlideError, StoreError, one_line
+from wsipipe.errors import ConfigError, SettingsError, SlideError, StoreError, one_line
 from wsipipe.folder import write_record
 from wsipipe.geometry import Box, Grid
 from wsipipe.provenance import require_same_slide, sha256_of, tissue_sum
@@ -41,6 +41,13 @@ def find_tissue(slide: Slide, config: TissueConfig, *, roi: Path | None = None, 
         A QuPath export of regions; only what lies in them counts. QuPath's origin is the corner of the slide's bounds.
     everywhere : bool
         All of the slide (or of the regions) counts as tissue.
+
+    Raises
+    ------
+    ConfigError
+        If the regions cannot be read, or lie beside the slide.
+    SlideError
+        If the slide is too large at this resolution, or cannot be read.
     """
     grid = slide.grid(config.mpp)
     if grid.width * grid.height > MOST_PX:
@@ -49,10 +56,17 @@ def find_tissue(slide: Slide, config: TissueConfig, *, roi: Path | None = None, 
             "set a coarser tissue.mpp, and see whether the slide's resolution is right (--mpp)"
         )
     mask = np.ones(grid.box.shape, bool) if everywhere else tissue_mask(slide.read(grid.box, grid), grid.mpp, config)
-    tissue = TissueMask(mask, grid)
+    tissue = TissueMask(mask, grid, size_px0=(slide.width_px0, slide.height_px0))
     if roi is None:
         return tissue
-    return tissue.restricted(read_roi(roi, (slide.bounds.x0, slide.bounds.y0) if slide.bounds else (0, 0)))
+    region = read_roi(roi, (slide.bounds.x0, slide.bounds.y0) if slide.bounds else (0, 0))
+    if shapely.intersection(region, shapely.box(0, 0, slide.width_px0, slide.height_px0)).area == 0:
+        x0, y0, x1, y1 = region.bounds
+        raise ConfigError(
+            f"the regions of {roi} lie at x {x0:.0f} to {x1:.0f} and y {y0:.0f} to {y1:.0f}, not on {slide.path} of "
+            f"{slide.width_px0} x {slide.height_px0} px; were they drawn on another slide, or at another resolution?"
+        )
+    return tissue.restricted(region)
 
 
 def make_tissue(
@@ -121,7 +135,8 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
         grid = Grid(**about["grid"])
         region = "".join(texts[f"region-{number}"] for number in range(about["region_parts"]))
         require_same_slide(path, about["fingerprint"], grid, slide)
-        return TissueMask(mask, grid, shapely.from_wkt(region) if region else None)
+        within = shapely.from_wkt(region) if region else None
+        return TissueMask(mask, grid, within, (slide.width_px0, slide.height_px0))
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist; make it with `wsipipe tissue`") from error
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, MemoryError, shapely.errors.GEOSException) as error:
