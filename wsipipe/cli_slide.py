@@ -218,8 +218,7 @@ def nuclei(
 
         summary = _renewed(run, overwrite, unattended)
     typer.echo(f"{summary.meta.count} nuclei: {folder.nuclei}")
-    if summary.seams is not None:
-        typer.echo(str(summary.seams))
+    typer.echo(str(summary.seams))
 
 
 def export(
@@ -364,8 +363,7 @@ def _say(summary: "SegmentSummary") -> None:
         f"{total:.1f} s ({stages}); {maps.megapixels_per_s:.2f} MP/s on {maps.device} in {maps.precision}, "
         f"the bottleneck is the {maps.bottleneck}; at most {summary.peak_mb:,.0f} MB of memory"
     )
-    if summary.seams is not None:
-        typer.echo(str(summary.seams))
+    typer.echo(str(summary.seams))
     geojson = summary.geojson[0]
     typer.echo(f"picture  {folder.overlay}\ntable    {folder.nuclei}\nQuPath   {geojson}")
     typer.echo(f"In QuPath: open the slide, then drag {geojson.name} onto the image.")

@@ -115,6 +115,11 @@ def unread_in(*records: Mapping[str, Any]) -> list[Box]:
     return sorted(boxes, key=lambda box: (box.y0, box.x0, box.y1, box.x1))
 
 
+def drop_record(output: Path) -> None:
+    """Before an output gets its name: after a kill no record of an earlier one is to tell of it."""
+    record_of(output).unlink(missing_ok=True)
+
+
 def write_record(output: Path, **values: Any) -> None:
     """Write the record of an output: version, command, and what the stage says of its work."""
     record = {"wsipipe": wsipipe.__version__, "command": shlex.join(sys.argv), **values}

@@ -21,7 +21,7 @@ from wsipipe.device import (
     network_threads,
 )
 from wsipipe.errors import ConfigError, StoreError
-from wsipipe.folder import record_of, write_record
+from wsipipe.folder import drop_record, record_of, write_record
 from wsipipe.geometry import Box
 from wsipipe.model.spec import ModelSpec, tile_geometry
 from wsipipe.progress import Progress
@@ -181,6 +181,7 @@ def make_maps(
             networks = choose_networks(threads) if networks is None else min(networks, threads)
             with Progress(todo, "tiles", f"maps of {slide.name}", shown=progress) as bar:
                 run.all(plan.batches(batch_size, before), readers, networks, threads, bar)
+            drop_record(out)
             store.finish()
         seconds = time.monotonic() - started
         summary = MapsSummary(

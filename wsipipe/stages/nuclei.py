@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NucleiSummary:
-    """What the stage found; where the table was there already, `seconds` is 0 and `seams` None."""
+    """What the stage found; where the table was there already, `seconds` is 0."""
 
     meta: NucleiMeta
     seconds: float
-    seams: SeamFigures | None = None
+    seams: SeamFigures
 
 
 class Sources:
@@ -145,6 +145,7 @@ class NucleiRun:
                 self._write_record(meta, seams)
             return NucleiSummary(meta, 0.0, seams)
         assert self._spool is not None
+        drop_record(self._out)
         meta = self._spool.finish(self._store.wanted)
         seams = check_seams(self._out, self._store, self._config)
         seconds = time.monotonic() - self.started
@@ -232,8 +233,8 @@ def find_nuclei(sources: Sources, core: Box, config: NucleiConfig) -> tuple[pa.R
         store.meta.fingerprint,
         slide.read(read, grid),
         config,
-    )
         None if region is None else shapely.from_wkt(region),
+    )
 
 
 def check_seams(table: Path, store: MapStore, config: NucleiConfig) -> SeamFigures:

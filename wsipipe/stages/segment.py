@@ -44,7 +44,7 @@ class SegmentSummary:
     maps: MapsSummary
     seconds: dict[str, float]  # by stage; that of nuclei is what was left when the network was done
     peak_mb: float
-    seams: SeamFigures | None  # None where the nuclei were there already
+    seams: SeamFigures
 
 
 def segment(
@@ -132,7 +132,7 @@ def segment(
         config=config.model_dump(mode="json"),
         nuclei=nuclei.meta.counts,
         qc=nuclei.meta.qc,
-        seams=nuclei.seams and nuclei.seams.to_json(),
+        seams=nuclei.seams.to_json(),
         tissue_mm2=tissue.area_mm2,
         unread_px0=[asdict(box) for box in maps.unread_px0],
         seconds={stage: round(seconds, 3) for stage, seconds in clock.laps.items()},
