@@ -44,7 +44,7 @@ MAP = (900, 760)  # px at most of the two maps
 JPEG_QUALITY = 90
 BIN_UM2 = 0.5  # of the histogram that medians are taken from
 MOST_UM2 = 2000.0  # what is larger counts as this
-BARS = 36  # of a histogram that is drawn
+BARS = 36  # at most, of a histogram that is drawn
 PLOT = (372, 132)  # px of it
 USUAL_UM2 = (
     12.0,
@@ -183,7 +183,7 @@ def checks(meta: NucleiMeta, tissue: TissueMask, sizes: Mapping[int, Sizes], fac
         Check(
             "Tissue",
             f"{share:.0%} of the slide",
-            "good" if 0.005 <= share <= 0.98 else "look",
+            "" if tissue.region or tissue.mask.all() else "good" if 0.005 <= share <= 0.98 else "look",
             f"{readable_area(tissue.area_mm2)}; nuclei are looked for there only. See the outline in the map.",
         ),
         Check(
@@ -274,19 +274,20 @@ def _plots(meta: NucleiMeta, sizes: Mapping[int, Sizes]) -> list[dict[str, Any]]
         return []
     top = nice(max(_together(sizes.values()).quantile(0.995), 10.0), up=True)
     step = nice(top / 3)
+    bins = round(top / BIN_UM2)
+    count = next(bars for bars in range(BARS, 0, -1) if bins % bars == 0)  # equally many bins a bar
     width, height = PLOT
     plots = []
     for type_id, name in _named(meta, sizes):
         if type_id not in sizes:
             continue
         size = sizes[type_id]
-        edges = np.linspace(0, top / BIN_UM2, BARS + 1).round().astype(int)
-        cumulated = np.r_[0, np.cumsum(size.areas)]
-        bars = np.diff(cumulated[np.minimum(edges, len(size.areas))]).astype(float)
+        areas = np.pad(size.areas, (0, max(0, bins - size.areas.size)))[:bins]
+        bars = areas.reshape(count, -1).sum(1).astype(float)
         bars[-1] += size.count - bars.sum()  # the last bar holds what is larger
         heights = bars / (bars.max() or 1.0) * (height - 8)
         path = "".join(
-            f"M{x * width / BARS:.1f} {height}v{-tall:.1f}h{width / BARS - 1:.1f}v{tall:.1f}z"
+            f"M{x * width / count:.1f} {height}v{-tall:.1f}h{width / count - 1:.1f}v{tall:.1f}z"
             for x, tall in enumerate(heights)
             if tall
         )

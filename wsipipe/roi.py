@@ -39,7 +39,7 @@ def read_roi(path: str | Path, offset: tuple[float, float] = (0.0, 0.0)) -> shap
         If the file cannot be read, is no GeoJSON, or holds anything but areas.
     """
     try:
-        areas = [shapely.make_valid(area) for area in _polygons(_load(path), str(path))]
+        areas = [shapely.make_valid(area, method="structure") for area in _polygons(_load(path), str(path))]
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply for a GeoJSON file; export the regions anew") from error
     region = areal(shapely.union_all([areal(area) for area in areas]))

@@ -325,7 +325,7 @@ def _bounds(properties: dict[str, str]) -> Box | None:
         x, y, width, height = (int(properties[f"openslide.bounds-{key}"]) for key in ("x", "y", "width", "height"))
     except (KeyError, ValueError):
         return None
-    return Box(x, y, x + width, y + height)
+    return Box(x, y, x + width, y + height) if width > 0 and height > 0 else None
 
 
 def _fingerprint(path: str, size: tuple[int, int]) -> str:
