@@ -171,6 +171,28 @@ def test_the_options_of_a_stage_change_only_with_what_its_result_depends_on(here
         load_cohort({"slides": "slides.tsv"}).options("dream", "a")
 
 
+def test_a_quotation_mark_left_open_swallows_no_slide(here):
+    for text in ('a\ta.svs\t"group A\nb\tb.svs\tgroup B\n', '#b\t"old\na\ta.svs\t\nb\tb.svs\t\n'):
+        path = sheet(f"slide\tpath\tgroup\n{text}")
+        if text.startswith("#"):
+            assert list(read_sheet(path)) == ["a", "b"]
+        else:
+            with pytest.raises(
+                ConfigError, match=r"1 fault in .*\n  line 2: it has a quotation mark too few or too many"
+            ):
+                read_sheet(path)
+    assert read_sheet(sheet('slide\tpath\tgroup\na\ta.svs\t"the ""old"" ones"\n'))["a"].group == 'the "old" ones'
+
+
+def test_names_that_snakemake_or_a_command_would_take_for_something_else(here):
+    for name in ("{a}.svs", "-a.svs"):
+        (here / name).touch()
+    with pytest.raises(ConfigError, match=r"line 2: path '\{a\}\.svs' has a brace, which Snakemake"):
+        read_sheet(sheet("slide\tpath\na\t{a}.svs\n"))
+    sheet("slide\tpath\na\t-a.svs\n")
+    assert load_cohort({"slides": "slides.tsv"}).options("report", "a") == "./-a.svs"
+
+
 def test_names_of_files_reach_a_command_as_they_are(here):
     name = "a $HOME 'b'.svs"
     (here / name).touch()

@@ -295,6 +295,10 @@ def test_the_white_point_is_set_for_the_whole_folder(tmp_path):
     ("spoil", "message"),
     [
         (lambda src: (src / "masks" / "p1.png").unlink(), r"masks/p1\.png"),
+        (
+            lambda src: (src / "types" / "p1.csv").write_text('id,type\n1,"round\n2,other\n'),
+            "p1.csv must be a table of id and type",
+        ),
         (lambda src: (src / "types" / "p1.csv").unlink(), r"types/p1\.csv"),
         (lambda src: (src / "types" / "p1.csv").write_text("id,type\n1,square\n"), r"p1\.csv.*'square'"),
         (lambda src: (src / "types" / "p1.csv").write_text("id,type\n9,round\n"), r"p1\.csv: nucleus 9"),

@@ -95,14 +95,14 @@ class Cohort:
         defaults: with a wsipipe whose defaults are others the arguments are others too.
         """
         row = self.slides[slide]
-        options = quote(row.path)
+        options = quote(_no_option(row.path))
         if row.mpp is not None:
             options += f" --mpp {row.mpp}"
         if self.config.skip_bad_tiles:
             options += " --skip-bad-tiles"
         match stage:
             case "tissue":
-                roi = f" --roi {quote(row.roi)}" if row.roi else ""
+                roi = f" --roi {quote(_no_option(row.roi))}" if row.roi else ""
                 return options + roi + self.settings["tissue"]
             case "maps":
                 model = self._model(slide)
@@ -178,13 +178,10 @@ def read_sheet(path: Path, made: Collection[str] = (), *, check_files: bool = Tr
         remarks.append("a byte order mark")
     if "\r" in text:
         remarks.append("Windows line ends")
-    try:
-        rows, wrong = _parse(text.removeprefix(BYTE_ORDER_MARK), made, check_files)
-    except csv.Error as error:
-        raise ConfigError(f"the slide sheet {path} is no table: {error}; is a quotation mark left open?") from error
+    rows, wrong = _parse(text.removeprefix(BYTE_ORDER_MARK), made, check_files)
     also = f"{path} has {' and '.join(remarks)}, which do no harm" if remarks else ""
     if wrong:
-        shown = [" ".join(fault.split()) for fault in wrong[:MOST_FAULTS]]  # a quoted cell may hold line ends
+        shown = [" ".join(fault.split()) for fault in wrong[:MOST_FAULTS]]  # a cell may hold line ends of its own kind
         if len(wrong) > MOST_FAULTS:
             shown.append(f"and {len(wrong) - MOST_FAULTS} more")
         listed = "".join(f"\n  {fault}" for fault in [*shown, *([also] if also else [])])
@@ -196,18 +193,24 @@ def read_sheet(path: Path, made: Collection[str] = (), *, check_files: bool = Tr
 
 def _parse(text: str, made: Collection[str], check_files: bool) -> tuple[dict[str, SlideRow], list[str]]:
     """Rows by id, and every fault."""
-    lines = [
-        (number, [cell.strip() for cell in cells])
-        for number, cells in enumerate(csv.reader(io.StringIO(text, newline=None), delimiter="\t"), 1)
-        if any(cell.strip() for cell in cells) and not cells[0].startswith("#")
-    ]
+    lines, wrong = [], []
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):  # a cell that went on would swallow slides
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            cells = next(csv.reader([line.rstrip("\n")], delimiter="\t", strict=True))
+        except csv.Error as error:
+            wrong.append(f"line {number}: it has a quotation mark too few or too many ({error})")
+            continue
+        if any(cell.strip() for cell in cells):
+            lines.append((number, [cell.strip() for cell in cells]))
     if not lines:
-        return {}, ["it is empty; its first line must name the columns slide and path"]
+        return {}, wrong or ["it is empty; its first line must name the columns slide and path"]
     columns = lines[0][1]
-    wrong = [f"line {lines[0][0]}: {fault}" for fault in _columns(columns)]
+    wrong += [f"line {lines[0][0]}: {fault}" for fault in _columns(columns)]
     if not {"slide", "path"} <= set(columns):
         return {}, wrong
-    if len(lines) == 1:
+    if len(lines) == 1 and not wrong:
         wrong.append("it lists no slide")
     rows: dict[str, SlideRow] = {}
     seen: dict[str, int] = {}
@@ -233,6 +236,11 @@ def _parse(text: str, made: Collection[str], check_files: bool) -> tuple[dict[st
             f"{column} '{values[column]}' does not exist"
             for column in ("path", "roi")
             if check_files and values.get(column) and values[column] not in made and not _is_there(values[column])
+        ]
+        told += [
+            f"{column} '{values[column]}' has a brace, which Snakemake takes for a wildcard; rename or link the file"
+            for column in ("path", "roi", "model")
+            if {"{", "}"} & set(values.get(column, ""))
         ]
         model = values.get("model")
         if check_files and model and not models.setdefault(model, _is_model(model)):
@@ -269,6 +277,11 @@ def _as_options(settings: Config) -> dict[str, str]:
         )
         for section, values in settings.model_dump(mode="json").items()
     }
+
+
+def _no_option(path: str) -> str:
+    """A path that no command takes for an option."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def _is_url(path: str) -> bool:

@@ -27,12 +27,15 @@ def read_mask_table(path: Path, column: str) -> list[MaskRow]:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
+            table = csv.DictReader(file, strict=True)
             if not {"id", column} <= set(table.fieldnames or ()):
                 raise DataError(f"{path} does not begin with the columns id,{column}")
             rows = [MaskRow(table.line_num, _number(path, table.line_num, row["id"]), row[column]) for row in table]
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path} must be a table of id and {column}: {one_line(error)}") from error
+    for row in rows:
+        if "\n" in (row.value or ""):
+            raise DataError(f"{path}, line {row.line}: {column} goes over two lines; is a quotation mark left open?")
     numbers = [row.number for row in rows]
     if len(set(numbers)) < len(numbers):
         twice = sorted({number for number in numbers if numbers.count(number) > 1})

@@ -194,8 +194,9 @@ def _last_words(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - LOG_END))
         lines = [line.strip() for line in file.read().decode("utf-8", errors="replace").splitlines() if line.strip()]
     for line in reversed(lines):
-        if line.startswith("wsipipe: "):
-            return line.removeprefix("wsipipe: ")
+        for opening in ("wsipipe: ", "Error: "):  # the latter of wrong usage
+            if line.startswith(opening):
+                return line.removeprefix(opening)
     # A log line begins with the time; the last line of a traceback names an exception.
     if lines and re.match(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b", lines[-1]):
         return lines[-1]
