@@ -52,3 +52,14 @@ def test_a_deletion_cut_short_leaves_nothing_under_the_name(tmp_path: Path, monk
     store.mkdir()
     discard(store)
     assert not list(tmp_path.iterdir())
+
+
+def test_of_a_link_to_a_folder_the_link_goes(tmp_path: Path) -> None:
+    elsewhere, place = tmp_path / "elsewhere", tmp_path / "maps.zarr"
+    elsewhere.mkdir()
+    place.symlink_to(elsewhere)
+    discard(place)
+    assert [file.name for file in tmp_path.iterdir()] == ["elsewhere"]
+    (tmp_path / "maps.zarr.discarded").symlink_to(elsewhere)  # of an earlier version
+    discard(place)
+    assert [file.name for file in tmp_path.iterdir()] == ["elsewhere"]

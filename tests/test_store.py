@@ -1,5 +1,6 @@
 """The map store: what is there is complete, what is not says so."""
 
+import errno
 import json
 import os
 import subprocess
@@ -427,6 +428,49 @@ def test_another_format_version_is_refused_but_may_be_overwritten(tmp_path: Path
     with pytest.raises(StoreError, match="format version 99"):
         MapStore.open(path)
     begin(path, overwrite=True).close()
+
+
+@pytest.mark.parametrize("text", ["", '{"attributes": {"wsipipe": {"format": 1}}}'])
+def test_what_cannot_be_gone_on_with_is_begun_again_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    path = tmp_path / "maps.zarr"
+    with begin(path) as store:
+        store.write_chunk(0, some_maps(META.chunk_box(0)))
+    (tmp_path / "maps.zarr.partial" / "zarr.json").write_text(text)
+    with begin(path) as store:
+        assert store.missing == WANTED.keys()
+    assert "starting afresh" in caplog.text
+
+
+def test_a_store_of_ours_may_be_overwritten_whatever_became_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "maps.zarr"
+    complete(path)
+    (path / "zarr.json").write_text("")
+    (tmp_path / "maps.zarr.discarded" / "np").mkdir(parents=True)  # left by a kill
+    begin(path, overwrite=True).close()
+    assert not (tmp_path / "maps.zarr.discarded").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (OSError(errno.EIO, "Input/output error"), OSError, "^(?!.*damaged)"),
+        (MemoryError("5 GiB"), StoreError, "there is not the memory to read"),
+        (ValueError("zstd"), StoreError, "is damaged .*--overwrite"),
+    ],
+)
+def test_only_what_is_damaged_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], says: str
+) -> None:
+    store = complete(tmp_path / "maps.zarr")
+
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(store, "_read", failing)
+    with pytest.raises(kind, match=says):
+        store.read(META.grid.box)
 
 
 def test_a_damaged_store_is_told(tmp_path: Path) -> None:

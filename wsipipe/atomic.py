@@ -30,10 +30,18 @@ def partial_of(path: Path) -> Path:
 def discard(path: Path) -> None:
     """Delete a folder; its name is free at once, so that a kill leaves no half of it under that name."""
     discarded = path.with_name(path.name + ".discarded")
-    shutil.rmtree(discarded, ignore_errors=True)
-    if path.exists():
+    _remove(discarded)  # what a kill left of an earlier one
+    if path.exists() or path.is_symlink():
         path.replace(discarded)
-        shutil.rmtree(discarded)
+        _remove(discarded)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it; of a link to one, the link."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def to_disk(path: Path) -> None:

@@ -58,6 +58,10 @@ class ResultFolder:
         StoreError
             If they cannot.
         """
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError as error:
+            raise StoreError(f"{self.path!r} is no name in UTF-8; choose another folder with --out") from error
         probe = self.path / f".writable-{os.getpid()}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)

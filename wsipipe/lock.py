@@ -32,7 +32,7 @@ class Lock:
 
     def __init__(self, path: Path, *, wait: bool = False) -> None:
         self._wait, self._waited = wait, False
-        self._place = path.with_name(path.name + ".lock")
+        self._place = (place := path.absolute()).with_name(place.name + ".lock")  # also of "."
         self._place.parent.mkdir(parents=True, exist_ok=True)
         while not self._took(path):
             pass

@@ -1,5 +1,7 @@
 """The maps of one slide on the disk: written and committed chunk by chunk, compared with checksums as they are read."""
 
+import errno
+import logging
 import os
 import re
 import zlib
@@ -31,6 +33,8 @@ from wsipipe.provenance import (
     sha256_of,
     sum_of,
 )
+
+log = logging.getLogger(__name__)
 
 # Of zstd 1 to 3 and Blosc with and without shuffling on crowded maps (9 channels, 768 px chunks), level 1 costs
 # least to write: 14 MP/s of one core, 3.4 bytes a pixel. Level 3 saves a tenth of the bytes for 1.4 times the work.
@@ -89,7 +93,7 @@ class MapStore:
             if sha256_of(counts) != attributes["counts"]["sha256"]:
                 raise ValueError("the table of its chunks does not have its checksum")
         except Exception as error:  # each codec and every part of zarr has its own
-            raise self._damaged(error) from error
+            raise self._unreadable(error) from error
         self._np, self._hv, self._nc, self._tissue = arrays[:-1]
         self.wanted = {int(index): int(counts.flat[index]) for index in np.flatnonzero(counts)}
         self.tissue_sha256: str = attributes["tissue_mask"]
@@ -161,11 +165,10 @@ class MapStore:
                 return store
             partial = partial_of(path)
             if overwrite:
-                if path.exists():
+                if path.exists() and not (path / COMMITS).exists():
                     read_attributes(path, any_version=True)  # a folder that is not ours is not ours to delete
-                    discard(path)
-                discard(partial)
-            if not (partial / COMMITS).exists():
+                discard(path)
+            if overwrite or not _may_go_on(partial):
                 discard(partial)
                 _create(partial, identity, meta, wanted, tissue)
             store = cls(path, unfinished=True, lock=lock)
@@ -196,7 +199,7 @@ class MapStore:
             mask = np.asarray(self._tissue[...], bool)
         except Exception as error:  # each codec has its own
             if (self._root / "zarr.json").exists():
-                raise self._damaged(error) from error
+                raise self._unreadable(error) from error
         if not (self._root / "zarr.json").exists():  # renamed meanwhile, as in `read`
             return self._renamed.tissue
         if mask is None or sha256_of(mask) != self.tissue_sha256:
@@ -233,7 +236,7 @@ class MapStore:
                 maps = self._read(box)
             except Exception as error:  # each codec has its own
                 if (self._root / "zarr.json").exists():
-                    raise self._damaged(error) from error
+                    raise self._unreadable(error) from error
         if not (self._root / "zarr.json").exists():  # finished, and so renamed, meanwhile: what was read may be holes
             return self._renamed.read(box)
         if lost:
@@ -342,7 +345,15 @@ class MapStore:
                 "run it as it was, or start afresh with --overwrite"
             )
 
-    def _damaged(self, error: Exception) -> StoreError:
+    def _unreadable(self, error: Exception) -> Exception:
+        """What to raise: maps are damaged only where neither the memory nor the disk is what failed."""
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            return error
+        if isinstance(error, MemoryError):
+            return StoreError(
+                f"there is not the memory to read {self._root} ({one_line(error):.300}); "
+                "give fewer workers, or smaller maps.chunk_tiles and nuclei.halo_px"
+            )
         return StoreError(f"{self._root} is damaged ({one_line(error):.300}); make it again with --overwrite")
 
     def _mend(self) -> None:
@@ -430,7 +441,22 @@ def _create(
             compressors=[ZstdCodec(level=COMPRESSION_LEVEL)],
             dimension_names=("y", "x"),
         )
+    for file in partial.rglob("*"):
+        if file.is_file():
+            to_disk(file)
     (partial / COMMITS).touch()  # last: a partial without it is a torn beginning
+
+
+def _may_go_on(partial: Path) -> bool:
+    """Whether there is something to go on with; tells of what another version of wsipipe, or a crash, left."""
+    if not (partial / COMMITS).exists():
+        return False
+    try:
+        read_attributes(partial)
+    except StoreError as error:
+        log.warning("starting afresh: %s", error)
+        return False
+    return True
 
 
 def _read_commits(path: Path) -> dict[int, int]:
