@@ -143,7 +143,8 @@ def test_a_spool_made_with_other_settings_is_refused_naming_both_values_and_the_
     with pytest.raises(StoreError, match=r"blocks\.block_px was 2048 and is now 4096"):
         NucleiSpool(path, made_meta(), {"block_px": 4096})
     assert NucleiSpool(path, made_meta(), {"block_px": 2048}).done() == {0}
-    assert NucleiSpool(path, other, {"block_px": 4096}, overwrite=True).done() == set()
+    NucleiSpool.discard(path)
+    assert NucleiSpool(path, other, {"block_px": 4096}).done() == set()
 
 
 def test_blocks_of_which_the_settings_are_gone_are_not_taken_over(tmp_path):

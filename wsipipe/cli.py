@@ -35,8 +35,6 @@ COMMANDS: tuple[Callable[..., None], ...] = (  # in the order in which --help sh
 for command in COMMANDS:
     app.command()(command)
 
-GO_ON = "run the same command again to go on where it stopped"
-
 
 def _say_version(asked: bool) -> None:
     if asked:
@@ -144,10 +142,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if error.strerror is None:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror.lower()}; {GO_ON}", 1)
+        _fail(f"{place}{error.strerror.lower()}; {_how_to_go_on(arguments)}", 1)
     except _Stopped as stop:
-        _fail(f"stopped by {signal.Signals(stop.number).name}; {GO_ON}", 128 + stop.number)
+        _fail(f"stopped by {signal.Signals(stop.number).name}; {_how_to_go_on(arguments)}", 128 + stop.number)
     sys.exit(0)
+
+
+def _how_to_go_on(arguments: list[str] | None) -> str:
+    anew = "--overwrite" in (sys.argv if arguments is None else arguments)
+    return f"run the same command again{', without --overwrite,' if anew else ''} to go on where it stopped"
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -7,7 +7,6 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,8 +129,6 @@ class NucleiSpool:
         What the table will say of itself.
     layout : dict
         How the slide is cut into blocks, JSON values; needed to resume, not part of the table.
-    overwrite : bool
-        Start afresh, whatever is there.
 
     Raises
     ------
@@ -139,13 +136,13 @@ class NucleiSpool:
         If blocks are there that were made with another `meta` or `layout`.
     """
 
-    def __init__(self, path: Path, meta: NucleiMeta, layout: dict[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, meta: NucleiMeta, layout: dict[str, Any]) -> None:
         self.path = path
         self.meta = meta
         self.folder = partial_of(path)
         self._sound: set[str] = set()
         record = self.folder / "settings.json"
-        if overwrite or not record.exists():  # blocks of which nobody knows how they were made are nobody's
+        if not record.exists():  # blocks of which nobody knows how they were made are nobody's
             discard(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         ours = json.dumps({**json.loads(meta.to_json()), "blocks": layout}, ensure_ascii=False)
@@ -163,9 +160,8 @@ class NucleiSpool:
 
     @staticmethod
     def discard(path: Path) -> None:
-        """Remove what a kill left of the spool of a finished table."""
-        with suppress(OSError):
-            discard(partial_of(path))
+        """Remove the spool of a table, if there is one."""
+        discard(partial_of(path))
 
     def done(self) -> set[int]:
         """Blocks that are there, empty ones included; one that is not as it was written goes, to be made again."""

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -99,13 +100,16 @@ class NucleiRun:
             versions={"wsipipe": wsipipe.__version__},
             maps=_made_of(store),
         )
-        self.finished = None if overwrite else _existing(out, meta)
+        if overwrite:
+            remove_nuclei(out)
+        self.finished = _existing(out, meta)
         if self.finished is not None:
-            NucleiSpool.discard(out)
+            with suppress(OSError):  # what a kill left
+                NucleiSpool.discard(out)
         self._spool: NucleiSpool | None = None
         if self.finished is None:
             layout = {"chunk_px": store.meta.geometry.chunk_px, "halo_px": config.halo_px}
-            self._spool = NucleiSpool(out, meta, layout, overwrite=overwrite)
+            self._spool = NucleiSpool(out, meta, layout)
             self._done = self._spool.done()
 
     @property
@@ -217,6 +221,13 @@ def make_nuclei(
         for _ in run.process(run.todo, crew):
             bar.advance()
     return run.finish()
+
+
+def remove_nuclei(out: Path) -> None:
+    """Remove a table and what is there of a new one, so that a run from the start that is stopped can go on."""
+    drop_record(out)
+    out.unlink(missing_ok=True)
+    NucleiSpool.discard(out)
 
 
 def find_nuclei(sources: Sources, core: Box, config: NucleiConfig) -> tuple[pa.RecordBatch, BlockQC]:

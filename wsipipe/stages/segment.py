@@ -24,7 +24,7 @@ from wsipipe.slide import Slide
 from wsipipe.stages import budget
 from wsipipe.stages.export import make_export
 from wsipipe.stages.maps import MapsSummary, make_maps
-from wsipipe.stages.nuclei import NucleiRun, NucleiSummary
+from wsipipe.stages.nuclei import NucleiRun, NucleiSummary, remove_nuclei
 from wsipipe.stages.report import make_report
 from wsipipe.stages.tissue import find_tissue, write_tissue
 from wsipipe.stages.workers import hired, require_scheduler
@@ -98,7 +98,9 @@ def segment(
         unread = slide.unread
         log.info("%s: %.2f mm² of tissue", slide.name, tissue.area_mm2)
         clock.lap("tissue")
-        with _NucleiBehind(slide, folder, config, scheduler, workers, overwrite) as behind:
+        if overwrite:
+            remove_nuclei(folder.nuclei)
+        with _NucleiBehind(slide, folder, config, scheduler, workers) as behind:
             maps = make_maps(
                 slide,
                 tissue,
@@ -164,10 +166,9 @@ class _NucleiBehind:
         config: Config,
         scheduler: str,
         workers: int | None,
-        overwrite: bool,
     ) -> None:
         self._arguments = (slide, folder.maps, folder.nuclei, config.nuclei)
-        self._overwrite, self._scheduler, self._workers = overwrite, scheduler, workers
+        self._scheduler, self._workers = scheduler, workers
         self._chunks: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._given_up = threading.Event()
         self._error: BaseException | None = None
@@ -187,7 +188,7 @@ class _NucleiBehind:
         if self._error is not None:
             raise self._error
         if self._thread is None:
-            self._run = NucleiRun(*self._arguments, overwrite=self._overwrite)
+            self._run = NucleiRun(*self._arguments)
             self._thread = threading.Thread(target=self._work, args=(self._run,), name="nuclei", daemon=True)
             self._thread.start()
         self._chunks.put(index)
@@ -197,7 +198,7 @@ class _NucleiBehind:
         self._stop()
         if self._error is not None:
             raise self._error
-        run = self._run or NucleiRun(*self._arguments, overwrite=self._overwrite)
+        run = self._run or NucleiRun(*self._arguments)
         if run.todo:
             with hired(self._scheduler, self._workers) as crew:
                 deque(run.process(run.todo, crew), maxlen=0)
