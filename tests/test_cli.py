@@ -16,6 +16,7 @@ from dask.distributed import LocalCluster
 from wsipipe import cli
 from wsipipe.lease import Gpu
 from wsipipe.lock import Lock
+from wsipipe.store import MapStore
 
 
 def wsipipe(capfd, *arguments) -> tuple[int, str, str]:
@@ -198,6 +199,51 @@ def test_an_interrupted_run_says_how_to_go_on(number, code, tiny, oracle, tmp_pa
     assert process.returncode == code, err
     assert "run the same command again to go on" in err
     assert "Traceback" not in err
+
+
+def test_a_fresh_start_that_is_stopped_goes_on(tiny, oracle, tmp_path, capfd, monkeypatch):
+    arguments = ["segment", tiny.path, "--model", oracle, "-o", tmp_path / "out", "--device", "cpu"]
+    arguments += ["--set", "maps.tile_px=128", "--set", "maps.chunk_tiles=1", "--batch-size", "1"]
+    assert wsipipe(capfd, *arguments, "--set", "nuclei.min_area_um2=1")[0] == 0
+    real, written = MapStore.write_chunk, []
+
+    def stopped(store, index, *rest):
+        real(store, index, *rest)
+        written.append(index)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device", "maps.zarr")
+
+    monkeypatch.setattr(MapStore, "write_chunk", stopped)
+    code, _, err = wsipipe(capfd, *arguments, "--overwrite")
+    assert (code, "run the same command again, without --overwrite, to go on" in err) == (1, True)
+    code, said, err = wsipipe(capfd, *arguments)
+    assert (code, "12 nuclei" in said) == (0, True), err
+    assert len(written) == len(set(written))
+
+
+def test_maps_are_recorded_with_the_settings_of_their_tissue(tiny, oracle, tmp_path, capfd):
+    out = ["-o", tmp_path / "out"]
+    maps = ["maps", tiny.path, *out, "--model", oracle, "--device", "cpu"]
+    assert wsipipe(capfd, "tissue", tiny.path, *out, "--set", "tissue.min_area_um2=10")[0] == 0
+    code, _, err = wsipipe(capfd, *maps, "--set", "tissue.min_area_um2=20")
+    assert (code, "tissue.min_area_um2 10.0 there and 20.0 now; make it again with `wsipipe tissue`" in err) == (
+        1,
+        True,
+    )
+    assert wsipipe(capfd, *maps)[0] == 0
+    assert MapStore.open(tmp_path / "out" / "maps.zarr").meta.tissue_settings["min_area_um2"] == 10
+    code, said, err = wsipipe(
+        capfd, "segment", tiny.path, *out, "--model", oracle, "--device", "cpu", "--set", "tissue.min_area_um2=10"
+    )
+    assert (code, "12 nuclei" in said) == (0, True), err
+    assert (tmp_path / "out" / "tissue.png").stat().st_mtime <= (tmp_path / "out" / "maps.zarr").stat().st_mtime
+
+
+@pytest.mark.parametrize(("stage", "setting"), [("tissue", "nuclei.min_area_um2=30"), ("nuclei", "maps.halo_px=32")])
+def test_settings_that_a_stage_does_not_take_are_refused(stage, setting, tiny, tmp_path, capfd):
+    code, _, err = wsipipe(capfd, stage, tiny.path, "-o", tmp_path / "out", "--set", setting)
+    assert (code, one_sentence(err)) == (1, True)
+    assert f"this command takes no settings of {setting.partition('.')[0]}; set those of {stage}" in err
 
 
 def test_help_names_every_command(capfd):

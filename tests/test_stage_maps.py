@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from wsipipe.config import Config, load_config
-from wsipipe.errors import ConfigError, ModelError, SlideError, StoreError
+from wsipipe.errors import ConfigError, ModelError, SettingsError, SlideError, StoreError
 from wsipipe.geometry import Box, Grid
 from wsipipe.maps import Maps, to_input, to_maps
 from wsipipe.model.spec import ModelSpec
@@ -54,6 +54,7 @@ class DrawnSlide:
     path = "drawn.svs"
     fingerprint = "cd" * 32
     unread: frozenset[Box] = frozenset()
+    skips_unread = False
 
     def __init__(self) -> None:
         self.pixels = np.random.default_rng(0).integers(0, 256, (GRID.height, GRID.width, 3), np.uint8)
@@ -327,6 +328,16 @@ def test_a_finished_store_is_left_as_it_is_and_the_network_not_asked(tmp_path: P
         make_maps(DrawnSlide(), TISSUE, (oracle, SPEC, "ef" * 32), out, CONFIG, device="cpu")  # type: ignore[arg-type]
     run(out, oracle, overwrite=True)
     assert oracle.calls > 0
+
+
+def test_white_for_what_could_not_be_read_is_not_kept_where_it_was_not_asked_for(tmp_path: Path) -> None:
+    out, slide = tmp_path / "maps.zarr", DrawnSlide()
+    run(out)
+    (out / "unread").write_text("0 0 256 256\n")
+    with pytest.raises(SettingsError, match=r"is white at 1 places .*--skip-bad-tiles.*--overwrite"):
+        run(out)
+    slide.skips_unread = True
+    make_maps(slide, TISSUE, (Oracle(), SPEC, SHA256), out, CONFIG, device="cpu")  # type: ignore[arg-type]
 
 
 def test_a_slide_without_tissue_has_a_complete_and_empty_store(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from wsipipe.errors import SettingsError
+from wsipipe.errors import ConfigError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,7 +130,7 @@ def tissue(
     unattended: Unattended = False,
 ) -> None:
     """Find the tissue of SLIDE and write tissue.png."""
-    settings = _settings(config, set_)
+    settings = _settings(config, set_, "tissue")
     with _opened(slide, mpp, skip_bad_tiles) as opened, _claimed(out, opened, "tissue", wait=unattended) as folder:
         from wsipipe.stages.tissue import make_tissue
 
@@ -155,13 +155,15 @@ def maps(
     unattended: Unattended = False,
 ) -> None:
     """Run the network over the tissue of SLIDE and write maps.zarr."""
-    settings, budget = _settings(config, set_), _budget(memory)
+    settings, budget = _settings(config, set_, "tissue", "maps"), _budget(memory)
     claim = ["path"] if unattended else []  # the maps have a lock of their own, which does not wait
     with _opened(slide, mpp, skip_bad_tiles) as opened, _claimed(out, opened, *claim, wait=unattended) as folder:
         from wsipipe.model.weights import DEFAULT_MODEL, load_model
         from wsipipe.stages.maps import make_maps
-        from wsipipe.stages.tissue import read_tissue
+        from wsipipe.stages.tissue import read_tissue, settings_of_tissue
 
+        made = settings_of_tissue(folder.tissue, opened, settings.tissue)
+        settings = settings.model_copy(update={"tissue": made})
         mask, network = read_tissue(folder.tissue, opened), load_model(model or DEFAULT_MODEL)
 
         def run(overwrite: bool) -> "MapsSummary":
@@ -199,7 +201,7 @@ def nuclei(
     unattended: Unattended = False,
 ) -> None:
     """Find the nuclei in the maps of SLIDE and write nuclei.parquet; needs no network, so settings can be tried."""
-    settings, budget = _settings(config, set_), _budget(memory)
+    settings, budget = _settings(config, set_, "nuclei"), _budget(memory)
     with _opened(slide, mpp, skip_bad_tiles) as opened, _claimed(out, opened, "nuclei", wait=unattended) as folder:
         from wsipipe.stages.nuclei import make_nuclei
 
@@ -300,10 +302,15 @@ def info(slide: SlidePath, mpp: Mpp = None, model: Model = None, config: ConfigP
         typer.echo(f"{name + ':':16}{value}")
 
 
-def _settings(path: Path | None, overrides: list[str] | None = None) -> "Config":
-    from wsipipe.config import load_config, parse_overrides
+def _settings(path: Path | None, overrides: list[str] | None = None, *sections: str) -> "Config":
+    """A file may be for all stages; what is set for this one alone must be of its `sections`, if they are given."""
+    from wsipipe.config import Config, load_config, parse_overrides
 
-    return load_config(path, parse_overrides(overrides or []))
+    parsed = parse_overrides(overrides or [])
+    config = load_config(path, parsed)
+    if useless := sections and sorted(parsed.keys() & Config.model_fields.keys() - set(sections)):
+        raise ConfigError(f"this command takes no settings of {', '.join(useless)}; set those of {', '.join(sections)}")
+    return config
 
 
 def _budget(memory: str | None) -> int | None:

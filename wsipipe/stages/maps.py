@@ -20,7 +20,7 @@ from wsipipe.device import (
     describe,
     network_threads,
 )
-from wsipipe.errors import ConfigError, StoreError
+from wsipipe.errors import ConfigError, SettingsError, StoreError
 from wsipipe.folder import drop_record, record_of, write_record
 from wsipipe.geometry import Box
 from wsipipe.model.spec import ModelSpec, tile_geometry
@@ -165,6 +165,11 @@ def make_maps(
             "%s: %d of %d tiles to do at %.4g µm/px with %s on %s",
             slide.name, todo, sum(wanted.values()), meta.grid.mpp, spec.name, describe(chosen, arithmetic),
         )  # fmt: skip
+        if store.unread and not slide.skips_unread:
+            raise SettingsError(
+                f"{out} is white at {len(store.unread)} places that could not be read; keep it with --skip-bad-tiles, "
+                "or start afresh with --overwrite"
+            )
         started = time.monotonic()
         spent = Spent()
         if not store.is_finished:

@@ -1,6 +1,7 @@
 """All stages of one slide in one process: nuclei of finished regions are found while the network goes on."""
 
 import logging
+import os
 import queue
 import resource
 import sys
@@ -120,6 +121,7 @@ def segment(
             clock.lap("maps")
             # Not before: maps of other tissue are refused above, and then nothing may have changed.
             write_tissue(tissue, folder.tissue, slide, config.tissue, clock.laps["tissue"], unread)
+            os.utime(folder.maps)  # who goes by times is not to find the tissue newer than what was made of it
             nuclei = behind.finish()
         clock.lap("nuclei")
         export = make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, form=form)

@@ -27,7 +27,7 @@ from wsipipe.tissue import TissueMask, tissue_mask
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PART = 1 << 19  # characters of a region in one text of the PNG; what reads it refuses texts of more than a megabyte
 MOST_PX = 1 << 26  # of the mask: a slide of 52 x 76 mm at 8 µm/px; finding it takes some 50 bytes each
 
@@ -94,6 +94,7 @@ def write_tissue(
         "format": FORMAT_VERSION,
         "fingerprint": slide.fingerprint,
         "grid": asdict(tissue.grid),
+        "config": config.model_dump(mode="json"),
         "region_parts": len(parts),
         "crc32": _crc(tissue.mask),
     }
@@ -123,6 +124,31 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
     StoreError
         If the file is missing, damaged, not ours, of another slide, or made at another resolution of it.
     """
+    return _read(path, slide)[0]
+
+
+def settings_of_tissue(path: Path, slide: Slide, asked: TissueConfig) -> TissueConfig:
+    """The settings that a mask was made with.
+
+    Raises
+    ------
+    SettingsError
+        If `asked` sets one of them otherwise; what it leaves to its default asks for nothing.
+    StoreError
+        As `read_tissue`.
+    """
+    made = _read(path, slide)[1]
+    ours, theirs = asked.model_dump(mode="json", exclude_unset=True), made.model_dump(mode="json")
+    differing = [f"tissue.{key} {theirs[key]} there and {value} now" for key, value in ours.items()
+                 if theirs[key] != value]  # fmt: skip
+    if differing:
+        raise SettingsError(
+            f"{path} was made otherwise: {'; '.join(differing)}; make it again with `wsipipe tissue`, or leave them out"
+        )
+    return made
+
+
+def _read(path: Path, slide: Slide) -> tuple[TissueMask, TissueConfig]:
     try:
         with Image.open(path) as image:
             texts: dict[str, str] = getattr(image, "text", {})
@@ -136,7 +162,8 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
         region = "".join(texts[f"region-{number}"] for number in range(about["region_parts"]))
         require_same_slide(path, about["fingerprint"], grid, slide)
         within = shapely.from_wkt(region) if region else None
-        return TissueMask(mask, grid, within, (slide.width_px0, slide.height_px0))
+        tissue = TissueMask(mask, grid, within, (slide.width_px0, slide.height_px0))
+        return tissue, TissueConfig.model_validate(about["config"])
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist; make it with `wsipipe tissue`") from error
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, MemoryError, shapely.errors.GEOSException) as error:
