@@ -84,10 +84,10 @@ def test_a_level_larger_than_the_first_is_refused(tiny, monkeypatch):
 
 
 def test_a_slide_wider_than_any_glass_is_refused_with_the_remedy(make_svs, tmp_path):
-    path = make_svs(tmp_path / "long.svs", np.full((1, 20_000, 3), 200, np.uint8), levels=1)
-    open_slide(path, 49.0).close()
+    path = make_svs(tmp_path / "long.svs", np.full((1, 200_000, 3), 200, np.uint8), levels=1)
+    open_slide(path, 4.9).close()
     with pytest.raises(SlideError, match=r"would be 102 x 0 cm large; it is damaged, .* pass --mpp"):
-        open_slide(path, 51.0)
+        open_slide(path, 5.1)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_sheet_with_a_quotation_mark_left_open_is_refused(tmp_path):
         read_sheet(path)
 
 
-@pytest.mark.parametrize("cell", ["x" * 5000, "a\0b", '"a\nb"', "a\x1eb", "a\u2028b"])
+@pytest.mark.parametrize("cell", ["x" * 5000, "a\0b", "a\x1eb", "a\u2028b"])
 @pytest.mark.parametrize("column", ["path", "roi", "model"])
 def test_every_fault_of_a_sheet_is_one_line_whatever_a_cell_holds(cell, column, tmp_path):
     from wsipipe.cohort import read_sheet

@@ -1,8 +1,12 @@
 """Slides of every format, at every resolution, whole and broken."""
 
+import http.server
 import logging
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -269,6 +273,48 @@ def test_a_url_is_read_through_fsspec(pyramid, pixels):
         np.testing.assert_array_equal(whole(slide), pixels)
     with pytest.raises(SlideError, match=r"memory://slides/none\.svs cannot be opened"):
         open_slide("memory://slides/none.svs")
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves parts of files, as hosts of large ones do."""
+
+    def do_GET(self):
+        data = Path(self.translate_path(self.path)).read_bytes()
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+        part = data[int(first) : int(last or len(data)) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def end_headers(self):
+        self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("mpp", [25, 0.025])
+def test_a_resolution_that_lost_a_point_is_refused(pyramid, make_svs, pixels, tmp_path, mpp):
+    with pytest.raises(SlideError, match=rf"--mpp {mpp} is no resolution of a slide"):
+        open_slide(pyramid, mpp)
+    with pytest.raises(ResolutionError, match=UNSTATED):
+        open_slide(make_svs(tmp_path / "x.svs", pixels, mpp))
+
+
+def test_a_slide_is_read_from_a_web_server(pyramid, pixels):
+    handler = partial(Ranges, directory=str(pyramid.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"http://127.0.0.1:{server.server_port}"
+        with open_slide(f"{host}/{pyramid.name}") as slide:
+            assert (slide.name, slide.reader, slide.mpp_x0) == (pyramid.stem, "tiffslide", 0.25)
+            np.testing.assert_array_equal(whole(slide), pixels)
+        with pytest.raises(SlideError, match=r"none\.svs cannot be opened as a slide: it is not there"):
+            open_slide(f"{host}/none.svs")
+        server.shutdown()
 
 
 def write_dicom(path, pixels, mpp, tile=256):

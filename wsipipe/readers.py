@@ -285,7 +285,8 @@ def _open_tiffslide(path: str) -> TiffSlideReader:
                 levels = [zarr.open_array(store, mode="r", zarr_format=2) for store in stores]
                 shape, dtype = levels[0].shape, levels[0].dtype
         except Exception as error:  # TiffSlide lets through whatever any of its layers raises
-            raise SlideError(f"{path} cannot be opened as a slide: {one_line(error)}") from error
+            reason = "it is not there" if isinstance(error, FileNotFoundError) else one_line(error)
+            raise SlideError(f"{path} cannot be opened as a slide: {reason}") from error
         opened.callback(slide.close)
         channels = shape[axes.index("S" if "S" in axes else "C")] if axes in ("YXS", "CYX") else 0
         if dtype != np.uint8 or not (channels == 3 or (channels == 4 and axes == "YXS")):

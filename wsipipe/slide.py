@@ -23,8 +23,7 @@ log = logging.getLogger(__name__)
 
 RETRIES_S = (0.1, 1.0)  # pauses before reading again what could not be read
 CELL_PX = 256  # side of what is taken for white where it cannot be read: mostly a tile of the file
-GIVEN_MPP = (0.01, 100.0)  # what a user may say, and a vendor
-TIFF_MPP = (0.05, 10.0)  # resolution tags are mostly a screen's or a printer's: 72 dpi is 353 µm/px
+SENSIBLE_MPP = (0.05, 10.0)  # of a slide: outside, a point was lost, or tags are a screen's (72 dpi are 353 µm/px)
 MOST_UM = 1e6  # a side: no glass is wider, whatever a damaged header says
 HASHED_BYTES = 1 << 18  # of the head and of the tail of the file
 SOURCE_PX = 2048  # side of what is decoded at once: bounds memory, whatever is asked for
@@ -246,7 +245,7 @@ def open_slide(path: str | Path, mpp: float | None = None, *, skips_unread: bool
     ResolutionError
         If nobody says its resolution, or the one that it states cannot be.
     """
-    if mpp is not None and not GIVEN_MPP[0] <= mpp <= GIVEN_MPP[1]:
+    if mpp is not None and not SENSIBLE_MPP[0] <= mpp <= SENSIBLE_MPP[1]:
         raise SlideError(f"--mpp {mpp} is no resolution of a slide; give µm per pixel, e.g. --mpp 0.25 for a 40x scan")
     if not str(path).strip():
         raise SlideError("no slide is named; give the path of a slide file")
@@ -289,9 +288,10 @@ def _resolution(path: str, reader: Reader, mpp: float | None) -> tuple[float, fl
     said = reader.properties
     prefix = "tiffslide" if reader.name == "tiffslide" else "openslide"
     tagged = (said.get(f"{prefix}.mpp-x"), said.get(f"{prefix}.mpp-y"))
-    candidates = [("tiff", tagged, TIFF_MPP)] if reader.vendor == "generic-tiff" else [("vendor", tagged, GIVEN_MPP)]
-    candidates.insert(0, ("vendor", _ome_resolution(said.get("tiff.ImageDescription", "")), GIVEN_MPP))
-    for source, texts, (low, high) in candidates:
+    candidates = [("tiff" if reader.vendor == "generic-tiff" else "vendor", tagged)]
+    candidates.insert(0, ("vendor", _ome_resolution(said.get("tiff.ImageDescription", ""))))
+    low, high = SENSIBLE_MPP
+    for source, texts in candidates:
         try:
             x, y = (float(text or "nan") for text in texts)
         except ValueError:

@@ -26,7 +26,7 @@ from wsipipe.objects import class_of, is_region, outline_of
 from wsipipe.outlines import trace_outlines
 from wsipipe.rings import closed_rings
 from wsipipe.roi import areal
-from wsipipe.slide import GIVEN_MPP
+from wsipipe.slide import SENSIBLE_MPP
 from wsipipe.table import read_nuclei
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def make_comparison(
         `<out>.json` or `<out>.md` is there and no comparison's.
     """
     started = time.monotonic()
-    if mpp is not None and not GIVEN_MPP[0] <= mpp <= GIVEN_MPP[1]:
+    if mpp is not None and not SENSIBLE_MPP[0] <= mpp <= SENSIBLE_MPP[1]:
         raise ConfigError(f"--mpp {mpp} is no resolution of a slide; give µm per pixel, e.g. --mpp 0.25 for a 40x scan")
     _require_free(out)
     files = [read_nuclei_file(path, at) for path in (true, found)]
