@@ -133,3 +133,15 @@ def test_a_rerun_whose_maps_failed_is_not_done_by_what_the_run_before_left(tmp_p
     (one,) = summarise({"a": SlideRow(slide="a", path="x")}, results, logs)
     assert (one.state, one.stage, one.message) == ("failed", "maps", "cuda:0 has too little memory")
     assert (one.count, one.per_mm2, one.seconds) == (None, None, {"tissue": 1.0})
+
+
+def test_an_export_in_parts_is_done_too(tmp_path):
+    results, logs = tmp_path / "results", tmp_path / "logs"
+    made(results / "a", *RECORDS)
+    logged(logs, "a", "export", "12 nuclei\n")
+    exported = results / "a" / "nuclei.geojson.gz"
+    exported.rename(results / "a" / "nuclei-001.geojson.gz")
+    record = results / "a" / "nuclei.geojson.gz.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "files": ["nuclei-001.geojson.gz"]}))
+    (one,) = summarise({"a": SlideRow(slide="a", path="x")}, results, logs)
+    assert (one.state, one.count) == ("done", 40)

@@ -136,7 +136,7 @@ def _of_slide(name: str, group: str, folder: ResultFolder, logs: Path) -> SlideS
         "tissue": folder.tissue, "maps": folder.maps, "nuclei": folder.nuclei, "export": folder.geojson,
         "report": folder.report,
     }  # fmt: skip
-    there = {**outputs, "maps": _maps_or_nuclei(folder, logs)}
+    there = {**outputs, "maps": _maps_or_nuclei(folder, logs), "export": _first_exported(folder)}
     state, stage, message = _state(there, folder, logs)
     # A record outlives its output where a job failed, and what follows that job is of a run before.
     known = STAGES[: STAGES.index(stage)] if stage else STAGES
@@ -186,6 +186,12 @@ def _maps_or_nuclei(folder: ResultFolder, logs: Path) -> Path:
     except FileNotFoundError:
         return folder.maps
     return folder.maps if log.exists() and log.stat().st_mtime_ns > found else folder.nuclei
+
+
+def _first_exported(folder: ResultFolder) -> Path:
+    """The GeoJSON, or the first of its parts where `wsipipe export --split` made several."""
+    files = _read(record_of(folder.geojson)).get("files")
+    return folder.path / str(files[0]) if isinstance(files, list) and files else folder.geojson
 
 
 def _last_words(log: Path) -> str:
