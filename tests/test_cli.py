@@ -14,6 +14,9 @@ import pytest
 from dask.distributed import LocalCluster
 
 from wsipipe import cli
+from wsipipe.cohort import CohortConfig
+from wsipipe.config import load_config
+from wsipipe.errors import ConfigError
 from wsipipe.lease import Gpu
 from wsipipe.lock import Lock
 from wsipipe.store import MapStore
@@ -257,6 +260,16 @@ def test_the_version_is_that_of_the_package(capfd):
     from wsipipe import __version__
 
     assert wsipipe(capfd, "--version")[:2] == (0, f"{__version__}\n")
+
+
+def test_sections_of_a_file_may_be_empty_but_not_there_twice(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("nuclei:\n#  min_area_um2: 10\ntissue:\n  mpp: 4\n")
+    assert load_config(path) == load_config(None, {"tissue": {"mpp": 4}})
+    assert CohortConfig.model_validate({"settings": None}) == CohortConfig()
+    path.write_text("nuclei:\n  min_area_um2: 10\ntissue:\n  mpp: 4\nnuclei:\n  np_threshold: 0.4\n")
+    with pytest.raises(ConfigError, match="nuclei stands there twice"):
+        load_config(path)
 
 
 def test_settings_by_option_win_over_the_file(tiny, oracle, tmp_path, capfd):

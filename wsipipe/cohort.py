@@ -19,7 +19,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal, TextIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from wsipipe.config import Config, faults
 from wsipipe.errors import ConfigError
@@ -60,6 +60,11 @@ class CohortConfig(BaseModel):
     keep_maps: bool = Field(True, description="false: delete maps.zarr as soon as its nuclei are found")
     skip_bad_tiles: bool = Field(False, description="true: take for white what cannot be read of a slide")
     settings: Config = Field(Config(), description="as `wsipipe segment --config` takes them")
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _none_are_the_defaults(cls, settings: Any) -> Any:
+        return {} if settings is None else settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from wsipipe.errors import ConfigError, one_line
 
@@ -77,6 +77,14 @@ class Config(_Settings):
     tissue: TissueConfig = TissueConfig()
     maps: MapsConfig = MapsConfig()
     nuclei: NucleiConfig = NucleiConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_say_nothing(cls, values: Any) -> Any:
+        """As where all lines of a section stand behind a #."""
+        return (
+            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
 
 
 def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
@@ -155,10 +163,20 @@ def read_yaml(path: Path, what: str) -> Any:
 def parse_yaml(text: str) -> Any:
     """What a text in YAML says; raises ValueError, in one line, if it is none."""
     try:
-        return yaml.safe_load(text)
+        return _Loader(text).get_single_data()
     # The loader takes lists for numbers and dates as they come, and calls itself for every level of nesting.
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(one_line(error)) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what stands twice, of which the first would be lost without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"{', '.join(twice)} stands there twice")
+        return super().construct_mapping(node, deep)
 
 
 def faults(error: ValidationError) -> str:
