@@ -498,6 +498,12 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_chunk_that_fits_no_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"maps\.chunk_tiles: chunks of 16416 px .* at most 512 tiles a side"):
+        run(tmp_path / "maps.zarr", config=load_config(overrides={"maps": {"chunk_tiles": 513}}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tile_all_halo_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"maps\.halo_px"):
         run(tmp_path / "maps.zarr", config=Config.model_validate({"maps": {"halo_px": 24}}))

@@ -46,7 +46,7 @@ class MapsConfig(_Settings):
 class NucleiConfig(_Settings):
     """From maps to nuclei."""
 
-    halo_px: int = Field(128, gt=0, description="context on each side of a block: the widest nucleus, px")
+    halo_px: int = Field(128, gt=0, le=4096, description="context on each side of a block: the widest nucleus, px")
     min_area_um2: float = Field(3.0, ge=0, description="smaller nuclei are dropped, µm²")
     small_area_um2: float = Field(6.0, ge=0, description="nuclei smaller than that must be certain, µm²")
     small_probability: float = Field(0.97, ge=0, le=1, description="mean NP from which a small nucleus is certain")

@@ -12,6 +12,7 @@ from wsipipe.tiles import TileGeometry
 SPEC_VERSION = 1
 MOST_TILE_PX = 8192
 CHUNK_TILES, CHUNK_PX = 4, 2048  # a chunk is of so many tiles a side, of fewer where it would be wider
+MOST_CHUNK_PX = 16384  # two gigabytes of maps of five types
 MOST_CLASSES = 255  # a type is stored as one byte
 
 
@@ -126,7 +127,7 @@ def tile_geometry(spec: ModelSpec, config: MapsConfig) -> TileGeometry:
     Raises
     ------
     ConfigError
-        If the network takes no tile of that side or halo.
+        If the network takes no tile of that side or halo, or chunks are too large.
     """
     tile_px = spec.tile_px if config.tile_px is None else config.tile_px
     halo_px = spec.halo_px if config.halo_px is None else config.halo_px
@@ -138,4 +139,9 @@ def tile_geometry(spec: ModelSpec, config: MapsConfig) -> TileGeometry:
     spec.require_side("maps.tile_px", tile_px)
     if halo_px < spec.margin_px:
         raise ConfigError(f"maps.halo_px: {spec.name} answers {spec.margin_px} px less on each side, not {halo_px}")
+    if geometry.chunk_px > MOST_CHUNK_PX:
+        raise ConfigError(
+            f"maps.chunk_tiles: chunks of {geometry.chunk_px} px do not fit into memory; "
+            f"at most {MOST_CHUNK_PX // geometry.core_px} tiles a side fit"
+        )
     return geometry
