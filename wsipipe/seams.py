@@ -32,7 +32,8 @@ STRAIGHT_UM = 3.0  # by nature few edges of an outline are as long and parallel 
 OVERLAP = 0.2  # of the smaller nucleus; outlines of neighbours, simplified each for itself, may overlap by a sliver
 ON_LINE_PX = 0.2  # outlines are rounded to 0.1 level-0 px
 SURPRISE = 4.0  # standard deviations
-TWICE = 0.0025  # of the nuclei on seams, of which down to a quarter are borders of blocks and can have them doubled
+TWICE = 0.0025  # of the nuclei on seams, of which down to a quarter lie on borders of blocks and can be doubled
+CUT = 0.1  # of them; what the network itself sees otherwise from either side is a few in a hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +93,12 @@ class SeamFigures:
 
     @property
     def shows(self) -> bool:
-        """True where the seams are to be seen beyond chance."""
+        """True where the seams are to be seen, beyond chance and beyond what a network does by itself."""
         ratio, sd = self.density_ratio, self.density_ratio_sd
         return (
             (ratio is not None and sd is not None and abs(ratio - 1) > SURPRISE * max(sd, 0.01))
-            or self.straight - self.straight_elsewhere > SURPRISE * sqrt(self.straight + self.straight_elsewhere)
+            or self.straight - self.straight_elsewhere
+            > max(SURPRISE * sqrt(self.straight + self.straight_elsewhere), CUT * self.crossing)
             or self.overlaps > TWICE * self.crossing
         )
 
