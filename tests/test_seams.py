@@ -162,6 +162,14 @@ def test_crowds_make_the_ratio_less_sure_than_as_many_nuclei_each_for_itself() -
     assert not replace(even, near=600, spread=0.2).shows
 
 
+def test_a_few_nuclei_in_a_hundred_that_are_cut_show_only_where_they_are_more_than_chance_makes() -> None:
+    few = SeamFigures(near=400, elsewhere=400, near_mm2=1, elsewhere_mm2=1, seams=40, crossing=300, straight=12)
+    assert not few.shows
+    assert replace(few, crossing=30_000, straight=1200).shows
+    assert not replace(few, crossing=30_000, straight=600).shows
+    assert not replace(few, crossing=30_000, straight=1200, straight_elsewhere=600).shows
+
+
 def test_one_nucleus_elsewhere_and_none_near_a_seam_is_chance_and_a_thousand_are_not() -> None:
     few = SeamFigures(near=0, elsewhere=1, near_mm2=1, elsewhere_mm2=1, seams=4)
     assert few.density_ratio == 0
