@@ -430,17 +430,55 @@ def test_another_format_version_is_refused_but_may_be_overwritten(tmp_path: Path
     begin(path, overwrite=True).close()
 
 
-@pytest.mark.parametrize("text", ["", '{"attributes": {"wsipipe": {"format": 1}}}'])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("zarr.json", ""),
+        ("zarr.json", '{"attributes": {"wsipipe": {"format": 1}}}'),
+        ("np/zarr.json", ""),
+        ("commits", "rubbish\n"),
+    ],
+)
 def test_what_cannot_be_gone_on_with_is_begun_again_with_a_word(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, text: str
 ) -> None:
     path = tmp_path / "maps.zarr"
     with begin(path) as store:
         store.write_chunk(0, some_maps(META.chunk_box(0)))
-    (tmp_path / "maps.zarr.partial" / "zarr.json").write_text(text)
+    (tmp_path / "maps.zarr.partial" / file).write_text(text)
+    (tmp_path / "maps.zarr.discarded" / "np").mkdir(parents=True)  # left by a kill
     with begin(path) as store:
         assert store.missing == WANTED.keys()
     assert "starting afresh" in caplog.text
+    assert not (tmp_path / "maps.zarr.discarded").exists()
+
+
+def test_what_another_moment_or_a_newer_version_could_go_on_with_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, about = tmp_path / "maps.zarr", tmp_path / "maps.zarr.partial" / "zarr.json"
+    with begin(path) as store:
+        store.write_chunk(0, some_maps(META.chunk_box(0)))
+    real = Path.read_bytes
+
+    def failing(file: Path) -> bytes:
+        if file == about:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(file)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(OSError, match="Too many open files"):
+        begin(path)
+    monkeypatch.undo()
+    text = about.read_text()
+    attributes = json.loads(text)
+    attributes["attributes"]["wsipipe"]["format"] = 99
+    about.write_text(json.dumps(attributes))
+    with pytest.raises(StoreError, match="format version 99"):
+        begin(path)
+    about.write_text(text)
+    with begin(path) as store:
+        assert store.committed == {0}
 
 
 def test_a_store_of_ours_may_be_overwritten_whatever_became_of_it(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ class StoreError(WsipipeError):
     """A file of ours that is missing, foreign, incomplete or made with other settings."""
 
 
+class TornError(StoreError):
+    """A file of ours that is not as it was written, although the disk and the memory do their work."""
+
+
 class SettingsError(StoreError):
     """A file of ours that is sound, but was made with other settings."""
 

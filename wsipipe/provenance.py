@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsipipe.device import Precision
-from wsipipe.errors import SettingsError, StoreError
+from wsipipe.errors import SettingsError, StoreError, TornError
 from wsipipe.geometry import Box, Grid
 from wsipipe.model.spec import ModelSpec
 from wsipipe.tiles import TileGeometry
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from wsipipe.slide import Slide
 
 FORMAT_VERSION = 3
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # errors that another reading would not mend
 MOST_SHOWN = 80  # characters of a value in a message
 
 
@@ -149,14 +150,22 @@ def require_sum(attributes: dict[str, Any]) -> None:
 
 
 def read_attributes(root: Path, *, any_version: bool = False) -> dict[str, Any]:
-    """Attributes of a store of ours."""
+    """Attributes of a store of ours.
+
+    Raises
+    ------
+    StoreError
+        If it does not exist, is not ours (`TornError`), or is of another format version.
+    OSError
+        If it cannot be read.
+    """
     if not root.exists():
         raise StoreError(f"{root} does not exist; make it with `wsipipe maps`")
     try:
         attributes: dict[str, Any] = json.loads((root / "zarr.json").read_bytes())["attributes"]
         version = attributes["wsipipe"]["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{root} is not a map store of wsipipe; give another path") from error
+    except (*NOT_THERE, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TornError(f"{root} is not a map store of wsipipe; give another path") from error
     if version != FORMAT_VERSION and not any_version:
         raise StoreError(
             f"{root} has format version {version!r:.40}, this wsipipe reads {FORMAT_VERSION}; "

@@ -1,6 +1,5 @@
 """The maps of one slide on the disk: written and committed chunk by chunk, compared with checksums as they are read."""
 
-import errno
 import logging
 import os
 import re
@@ -19,12 +18,13 @@ from zarr.codecs import ZstdCodec
 
 import wsipipe
 from wsipipe.atomic import discard, partial_of, to_disk
-from wsipipe.errors import SettingsError, StoreError, one_line
+from wsipipe.errors import SettingsError, StoreError, TornError, one_line
 from wsipipe.geometry import Box
 from wsipipe.lock import Lock
 from wsipipe.maps import Maps
 from wsipipe.provenance import (
     FORMAT_VERSION,
+    NOT_THERE,
     StoreMeta,
     differences,
     identity_of,
@@ -48,9 +48,9 @@ class MapStore:
     """maps.zarr: the NP, HV and NC maps of one slide (zarr v3), finished chunk by chunk.
 
     Arrays `np` (H, W) uint8, `hv` (2, H, W) int8, `nc` (K, H, W) uint8; `tissue` (h, w) uint8, the tissue mask;
-    `wanted` (rows, columns) uint32, the number of tiles with tissue in each chunk. Chunks without such tiles are
-    never written. A chunk's index counts row by row. Readers may share one; a single process writes. Checksums of all
-    chunks, of the tissue mask and of the attributes are kept, and compared as each is first read.
+    `wanted` (rows, columns) uint32, the number of tiles in each chunk that nuclei on tissue reach. Chunks without such
+    tiles are never written. A chunk's index counts row by row. Readers may share one; a single process writes.
+    Checksums of all chunks, of the tissue mask and of the attributes are kept, and compared as each is first read.
 
     Attributes
     ----------
@@ -165,19 +165,50 @@ class MapStore:
                 return store
             partial = partial_of(path)
             if overwrite:
-                if path.exists() and not (path / COMMITS).exists():
-                    read_attributes(path, any_version=True)  # a folder that is not ours is not ours to delete
-                discard(path)
-            if overwrite or not _may_go_on(partial):
+                _discard_ours(path)
+            begun = cls._begun(path, lock)
+            if begun is None:
+                discard(path)  # there is none, but perhaps the rest of one whose deletion was killed
                 discard(partial)
                 _create(partial, identity, meta, wanted, tissue)
-            store = cls(path, unfinished=True, lock=lock)
+            store = begun or cls(path, unfinished=True, lock=lock)
             store._require(identity)
             store._mend()
         except BaseException:
             lock.release()
             raise
         return store
+
+    @classmethod
+    def _begun(cls, path: Path, lock: Lock) -> "MapStore | None":
+        """What an earlier run left and this one can go on with."""
+        partial = partial_of(path)
+        if not (partial / COMMITS).exists():
+            return None
+        try:
+            version = read_attributes(partial, any_version=True)["wsipipe"]["format"]
+            if not isinstance(version, int) or version < FORMAT_VERSION:
+                log.warning("starting afresh: an older wsipipe began %s", partial)
+                return None
+            return cls(path, unfinished=True, lock=lock)
+        except TornError as error:
+            log.warning("starting afresh: %s", str(error).partition(";")[0])
+            return None
+
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Delete maps and what is there of new ones.
+
+        Raises
+        ------
+        StoreError
+            If another process writes them, or they are none of ours.
+        """
+        lock = Lock(path)
+        try:
+            _discard_ours(path)
+        finally:
+            lock.release()
 
     def __enter__(self) -> "MapStore":
         return self
@@ -347,14 +378,14 @@ class MapStore:
 
     def _unreadable(self, error: Exception) -> Exception:
         """What to raise: maps are damaged only where neither the memory nor the disk is what failed."""
-        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, NOT_THERE):
             return error
         if isinstance(error, MemoryError):
             return StoreError(
                 f"there is not the memory to read {self._root} ({one_line(error):.300}); "
                 "give fewer workers, or smaller maps.chunk_tiles and nuclei.halo_px"
             )
-        return StoreError(f"{self._root} is damaged ({one_line(error):.300}); make it again with --overwrite")
+        return TornError(f"{self._root} is damaged ({one_line(error):.300}); make it again with --overwrite")
 
     def _mend(self) -> None:
         """Remove what a kill cut short: the end of a line, and files that did not get their name."""
@@ -447,16 +478,11 @@ def _create(
     (partial / COMMITS).touch()  # last: a partial without it is a torn beginning
 
 
-def _may_go_on(partial: Path) -> bool:
-    """Whether there is something to go on with; tells of what another version of wsipipe, or a crash, left."""
-    if not (partial / COMMITS).exists():
-        return False
-    try:
-        read_attributes(partial)
-    except StoreError as error:
-        log.warning("starting afresh: %s", error)
-        return False
-    return True
+def _discard_ours(path: Path) -> None:
+    if path.exists() and not (path / COMMITS).exists():
+        read_attributes(path, any_version=True)  # a folder that is not ours is not ours to delete
+    discard(path)
+    discard(partial_of(path))
 
 
 def _read_commits(path: Path) -> dict[int, int]:
@@ -469,6 +495,6 @@ def _read_commits(path: Path) -> dict[int, int]:
     for line in text[: text.rfind("\n") + 1].splitlines():  # a torn last line was not committed
         found = re.fullmatch(r"(\d{1,9}) ([0-9a-f]{8})", line)
         if found is None:
-            raise StoreError(f"{path} is damaged; make the maps again with --overwrite")
+            raise TornError(f"{path} is damaged; make the maps again with --overwrite")
         sums[int(found[1])] = int(found[2], 16)
     return sums
