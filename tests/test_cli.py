@@ -218,7 +218,7 @@ def test_a_fresh_start_that_is_stopped_goes_on(tiny, oracle, tmp_path, capfd, mo
 
     monkeypatch.setattr(MapStore, "write_chunk", stopped)
     code, _, err = wsipipe(capfd, *arguments, "--overwrite")
-    assert (code, "run the same command again, without --overwrite, to go on" in err) == (1, True)
+    assert (code, "to start afresh, or without --overwrite to go on" in err) == (1, True)
     code, said, err = wsipipe(capfd, *arguments)
     assert (code, "12 nuclei" in said) == (0, True), err
     assert len(written) == len(set(written))
@@ -239,7 +239,6 @@ def test_maps_are_recorded_with_the_settings_of_their_tissue(tiny, oracle, tmp_p
         capfd, "segment", tiny.path, *out, "--model", oracle, "--device", "cpu", "--set", "tissue.min_area_um2=10"
     )
     assert (code, "12 nuclei" in said) == (0, True), err
-    assert (tmp_path / "out" / "tissue.png").stat().st_mtime <= (tmp_path / "out" / "maps.zarr").stat().st_mtime
 
 
 @pytest.mark.parametrize(("stage", "setting"), [("tissue", "nuclei.min_area_um2=30"), ("nuclei", "maps.halo_px=32")])

@@ -21,6 +21,7 @@ from shapely.geometry import mapping
 from wsipipe.config import Config, TissueConfig, load_config
 from wsipipe.errors import ConfigError, SettingsError, StoreError
 from wsipipe.folder import ResultFolder, record_of
+from wsipipe.lock import Lock
 from wsipipe.model.weights import load_model
 from wsipipe.slide import open_slide
 from wsipipe.stages.export import make_export
@@ -137,6 +138,27 @@ def test_no_record_tells_of_a_table_that_it_was_not_written_for(tiny, oracle, tm
     counts = made()
     assert 0 < sum(counts.values()) < 12
     assert json.loads(record_of(folder.nuclei).read_bytes())["nuclei"] == counts
+
+
+def test_a_fresh_start_that_is_refused_loses_nothing(tiny, oracle, tmp_path):
+    run(tiny.path, tmp_path / "out", oracle)
+    folder, before = ResultFolder(tmp_path / "out"), results(tmp_path / "out")
+    lock = Lock(folder.maps)
+    with pytest.raises(StoreError, match="in use by process"):
+        run(tiny.path, folder.path, oracle, overwrite=True)
+    lock.release()
+    with open_slide(tiny.path) as slide, pytest.raises(ConfigError, match="no Dask scheduler answers"):
+        make_nuclei(slide, folder.maps, folder.nuclei, Config().nuclei, scheduler="tcp://127.0.0.1:9", overwrite=True)
+    assert results(folder.path) == before
+
+
+def test_what_goes_by_times_finds_nothing_to_do_after_one_run_or_two(tiny, oracle, tmp_path):
+    folder = ResultFolder(tmp_path / "out")
+    for _ in range(2):
+        run(tiny.path, folder.path, oracle)
+        made = [folder.tissue, folder.maps, folder.nuclei, folder.geojson, folder.report]
+        times = [path.stat().st_mtime for path in made]
+        assert times == sorted(times)
 
 
 def test_a_second_run_leaves_everything_as_it_is(tiny, oracle, tmp_path):

@@ -149,8 +149,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _how_to_go_on(arguments: list[str] | None) -> str:
-    anew = "--overwrite" in (sys.argv if arguments is None else arguments)
-    return f"run the same command again{', without --overwrite,' if anew else ''} to go on where it stopped"
+    if "--overwrite" in (sys.argv if arguments is None else arguments):
+        return "run the same command again to start afresh, or without --overwrite to go on where it stopped"
+    return "run the same command again to go on where it stopped"
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -213,13 +213,11 @@ def make_nuclei(
             slide, store.meta.geometry, len(store.meta.spec.class_names), config.halo_px, scheduler, workers
         )
         workers = budget.fit(memory, slide, demand).workers or None
-    run = NucleiRun(slide, maps, out, config, overwrite=overwrite)
-    with (
-        hired(scheduler, workers) as crew,
-        Progress(len(run.todo), "blocks", f"nuclei of {slide.name}", shown=progress) as bar,
-    ):
-        for _ in run.process(run.todo, crew):
-            bar.advance()
+    with hired(scheduler, workers) as crew:  # before anything is overwritten: they may not be had
+        run = NucleiRun(slide, maps, out, config, overwrite=overwrite)
+        with Progress(len(run.todo), "blocks", f"nuclei of {slide.name}", shown=progress) as bar:
+            for _ in run.process(run.todo, crew):
+                bar.advance()
     return run.finish()
 
 

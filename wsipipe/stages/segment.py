@@ -27,8 +27,9 @@ from wsipipe.stages.export import make_export
 from wsipipe.stages.maps import MapsSummary, make_maps
 from wsipipe.stages.nuclei import NucleiRun, NucleiSummary, remove_nuclei
 from wsipipe.stages.report import make_report
-from wsipipe.stages.tissue import find_tissue, write_tissue
+from wsipipe.stages.tissue import find_tissue, is_written, write_tissue
 from wsipipe.stages.workers import hired, require_scheduler
+from wsipipe.store import MapStore
 from wsipipe.table import NucleiMeta
 
 log = logging.getLogger(__name__)
@@ -94,12 +95,13 @@ def segment(
         batch_size, readers, workers = fitting.batch_size, fitting.readers, fitting.workers or None
         networks = fitting.networks
     with folder.claimed(slide, folder.tissue, folder.nuclei, folder.geojson, folder.report):
-        clock = _Clock()
+        clock, began = _Clock(), time.time()
         tissue = find_tissue(slide, config.tissue, roi=roi, everywhere=everywhere)
         unread = slide.unread
         log.info("%s: %.2f mm² of tissue", slide.name, tissue.area_mm2)
         clock.lap("tissue")
-        if overwrite:
+        if overwrite:  # what is stopped later goes on without it
+            MapStore.remove(folder.maps)
             remove_nuclei(folder.nuclei)
         with _NucleiBehind(slide, folder, config, scheduler, workers) as behind:
             maps = make_maps(
@@ -114,14 +116,14 @@ def segment(
                 compiled=compiled,
                 readers=readers,
                 networks=networks,
-                overwrite=overwrite,
                 progress=progress,
                 on_chunk=behind.chunk_is_there,
             )
             clock.lap("maps")
             # Not before: maps of other tissue are refused above, and then nothing may have changed.
-            write_tissue(tissue, folder.tissue, slide, config.tissue, clock.laps["tissue"], unread)
-            os.utime(folder.maps)  # who goes by times is not to find the tissue newer than what was made of it
+            if not is_written(tissue, folder.tissue, slide, config.tissue):
+                write_tissue(tissue, folder.tissue, slide, config.tissue, clock.laps["tissue"], unread)
+                os.utime(folder.tissue, (began, began))  # who goes by times is not to find it newer than the maps
             nuclei = behind.finish()
         clock.lap("nuclei")
         export = make_export(slide, tissue, folder.nuclei, folder.geojson, folder.overlay, form=form)

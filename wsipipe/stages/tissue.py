@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from wsipipe.atomic import finished
 from wsipipe.config import TissueConfig
 from wsipipe.errors import ConfigError, SettingsError, SlideError, StoreError, one_line
-from wsipipe.folder import write_record
+from wsipipe.folder import drop_record, record_of, write_record
 from wsipipe.geometry import Box, Grid
 from wsipipe.provenance import require_same_slide, sha256_of, tissue_sum
 from wsipipe.roi import read_roi
@@ -102,6 +102,7 @@ def write_tissue(
     text.add_text("wsipipe", json.dumps(about), zip=True)
     for number, part in enumerate(parts):
         text.add_text(f"region-{number}", part, zip=True)
+    drop_record(out)
     with finished(out) as partial:
         Image.fromarray(tissue.mask).save(partial, "PNG", pnginfo=text)
     write_record(
@@ -125,6 +126,16 @@ def read_tissue(path: Path, slide: Slide) -> TissueMask:
         If the file is missing, damaged, not ours, of another slide, or made at another resolution of it.
     """
     return _read(path, slide)[0]
+
+
+def is_written(tissue: TissueMask, path: Path, slide: Slide, config: TissueConfig) -> bool:
+    """Whether a file holds just this mask, found with these settings, and has a record."""
+    try:
+        there, made = _read(path, slide)
+    except StoreError:
+        return False
+    same = np.array_equal(there.mask, tissue.mask) and there.grid == tissue.grid and there.region == tissue.region
+    return same and made == config and record_of(path).exists()
 
 
 def settings_of_tissue(path: Path, slide: Slide, asked: TissueConfig) -> TissueConfig:
