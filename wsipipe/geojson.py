@@ -7,7 +7,7 @@ outlines are tested as they are written, numbers are finite, and no member is nu
 import json
 import logging
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -78,6 +78,7 @@ def write_geojson(
     form: Form = "outlines",
     offset: tuple[int, int] | None = None,
     split: int | None = None,
+    on_named: Callable[[Sequence[Path]], None] | None = None,
 ) -> GeojsonSummary:
     """Write the nuclei of `table` to `path`, a name that ends in .geojson or .geojson.gz.
 
@@ -90,6 +91,8 @@ def write_geojson(
         bounds, where the slide has them, because QuPath shows nothing else of such a slide.
     split : int
         Write several files, `<name>-001` and so on, where there are more nuclei than this.
+    on_named : function, optional
+        Called with the files to be, before the first of them is there.
 
     Raises
     ------
@@ -109,6 +112,8 @@ def write_geojson(
     parts = max(1, ceil(meta.count / max(1, rows)))
     stem = path.name[: -len(ending)]
     targets = [path] if parts == 1 else [path.with_name(f"{stem}-{i:03d}{ending}") for i in range(1, parts + 1)]
+    if on_named is not None:
+        on_named(targets)
     most = min(rows, meta.count)
     if form != "overview" and most > MANY:
         log.warning(

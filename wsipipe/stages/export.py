@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,22 +50,16 @@ def make_export(
     started = time.monotonic()
     meta, _ = read_nuclei(nuclei)
     require_tissue_of(nuclei, meta, tissue)
-    summary = write_geojson(nuclei, geojson, form=form, offset=None if crop_to_bounds else (0, 0), split=split)
-    stale = _exported(geojson) - set(summary.files)
+    before = _exported(geojson)
 
-    def record(files: Iterable[Path]) -> None:
-        write_record(
-            geojson,
-            files=sorted(file.name for file in files),
-            nuclei=summary.nuclei,
-            dropped=summary.dropped,
-            form=form,
-            seconds=round(time.monotonic() - started, 3),
-        )
+    def note(files: Sequence[Path]) -> None:
+        """Whatever happens below, the next export knows all files that may be there."""
+        write_record(geojson, files=sorted(file.name for file in before.union(files)))
 
-    record({*summary.files, *stale})  # whatever happens below, the next export knows all of them
-    for file in stale:  # nobody is to open what was found with other settings
-        file.unlink(missing_ok=True)
+    offset = None if crop_to_bounds else (0, 0)
+    summary = write_geojson(nuclei, geojson, form=form, offset=offset, split=split, on_named=note)
+    for stale in before - set(summary.files):  # nobody is to open what was found with other settings
+        stale.unlink(missing_ok=True)
 
     def batches() -> Iterator[pa.RecordBatch]:
         return read_nuclei(nuclei, ["type_id", "x_px0", "y_px0", "geometry"])[1]
@@ -73,8 +67,16 @@ def make_export(
     picture = draw_overlay(meta, tissue, batches, slide.read)
     with finished(overlay) as partial:
         picture.save(partial, "PNG")
-    record(summary.files)
-    log.info("%s: wrote %s and %s in %.1f s", slide.name, geojson.name, overlay.name, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    log.info("%s: wrote %s and %s in %.1f s", slide.name, geojson.name, overlay.name, seconds)
+    write_record(
+        geojson,
+        files=[file.name for file in summary.files],
+        nuclei=summary.nuclei,
+        dropped=summary.dropped,
+        form=form,
+        seconds=round(seconds, 3),
+    )
     return summary
 
 
