@@ -178,7 +178,8 @@ def test_a_quotation_mark_left_open_swallows_no_slide(here):
             assert list(read_sheet(path)) == ["a", "b"]
         else:
             with pytest.raises(
-                ConfigError, match=r"1 fault in .*\n  line 2: it has a quotation mark too few or too many"
+                ConfigError,
+                match=r"1 fault in .*\n  line 2: it cannot be parted into cells",
             ):
                 read_sheet(path)
     assert read_sheet(sheet('slide\tpath\tgroup\na\ta.svs\t"the ""old"" ones"\n'))["a"].group == 'the "old" ones'
@@ -189,8 +190,13 @@ def test_names_that_snakemake_or_a_command_would_take_for_something_else(here):
         (here / name).touch()
     with pytest.raises(ConfigError, match=r"line 2: path '\{a\}\.svs' has a brace, which Snakemake"):
         read_sheet(sheet("slide\tpath\na\t{a}.svs\n"))
-    sheet("slide\tpath\na\t-a.svs\n")
-    assert load_cohort({"slides": "slides.tsv"}).options("report", "a") == "./-a.svs"
+    (here / "-r.json").touch()
+    sheet("slide\tpath\troi\na\t-a.svs\t-r.json\n")
+    cohort = load_cohort({"slides": "slides.tsv"})
+    assert cohort.options("report", "a") == "./-a.svs"
+    assert cohort.options("tissue", "a").startswith("./-a.svs --roi ./-r.json ")
+    with pytest.raises(ConfigError, match=r"settings: model 'm\{x\}' has a brace"):
+        load_cohort({"slides": "slides.tsv", "model": "m{x}"})
 
 
 def test_names_of_files_reach_a_command_as_they_are(here):

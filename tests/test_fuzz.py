@@ -177,7 +177,7 @@ def test_a_sheet_with_a_quotation_mark_left_open_is_refused(tmp_path):
 
     path = tmp_path / "slides.tsv"
     path.write_text('slide\tpath\na\t"' + "x" * 200_000)
-    with pytest.raises(ConfigError, match="line 2: it has a quotation mark too few or too many"):
+    with pytest.raises(ConfigError, match="line 2: it cannot be parted into cells, is a quotation mark left open"):
         read_sheet(path)
 
 

@@ -47,10 +47,11 @@ def cohort(tmp_path) -> list[SlideSummary]:
     logged(logs, "told", "maps", "12:00:01 I begins\nwsipipe: the disk is full; make room\n")
     logged(logs, "crashed", "tissue", "Traceback (most recent call last):\n  File x\nValueError: a defect\n")
     logged(logs, "killed", "tissue", "12:00:01 I begins\n")
+    logged(logs, "misused", "tissue", "Usage: wsipipe tissue\nError: No such option: -d\n")
     logged(logs, "busy", "tissue", "12:00:01 I begins\n")
     slides = {
         name: SlideRow(slide=name, path="x", group="g" if name == "whole" else None)
-        for name in ("whole", "no-maps", "told", "crashed", "killed", "busy", "new")
+        for name in ("whole", "no-maps", "told", "crashed", "killed", "misused", "busy", "new")
     }
     (results / "busy").mkdir()
     lock = Lock(results / "busy" / "tissue.png")
@@ -62,7 +63,8 @@ def cohort(tmp_path) -> list[SlideSummary]:
 
 def test_each_slide_is_done_failed_with_the_reason_running_or_not_run(cohort):
     states = {one.slide: (one.state, one.stage, one.message) for one in cohort}
-    assert list(states) == ["whole", "no-maps", "told", "crashed", "killed", "busy", "new"]
+    assert list(states) == ["whole", "no-maps", "told", "crashed", "killed", "misused", "busy", "new"]
+    assert states["misused"] == ("failed", "tissue", "No such option: -d")
     assert states["whole"] == states["no-maps"] == ("done", "", "")
     assert states["told"] == ("failed", "maps", "the disk is full; make room")
     assert states["crashed"] == ("failed", "tissue", "ValueError: a defect")

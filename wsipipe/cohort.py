@@ -148,8 +148,10 @@ def load_cohort(config: Mapping[str, Any], made: Collection[str] = ()) -> Cohort
     except ValidationError as error:
         told += [f"settings: {faults(error)}"]
         settings = CohortConfig(slides=str(config.get("slides", CohortConfig().slides)))
-    if settings.model is not None and not _is_model(settings.model):
-        told.append(f"settings: {_unknown_model(settings.model)}")
+    if settings.model is not None:
+        told += [f"settings: {fault}" for fault in _braces("model", settings.model)]
+        if not _is_model(settings.model):
+            told.append(f"settings: {_unknown_model(settings.model)}")
     try:
         slides = read_sheet(Path(settings.slides), made)
     except ConfigError as error:
@@ -198,14 +200,17 @@ def read_sheet(path: Path, made: Collection[str] = (), *, check_files: bool = Tr
 
 def _parse(text: str, made: Collection[str], check_files: bool) -> tuple[dict[str, SlideRow], list[str]]:
     """Rows by id, and every fault."""
-    lines, wrong = [], []
+    lines: list[tuple[int, list[str]]] = []
+    wrong: list[str] = []
     for number, line in enumerate(io.StringIO(text, newline=None), 1):  # a cell that went on would swallow slides
         if not line.strip() or line.startswith("#"):
             continue
         try:
             cells = next(csv.reader([line.rstrip("\n")], delimiter="\t", strict=True))
         except csv.Error as error:
-            wrong.append(f"line {number}: it has a quotation mark too few or too many ({error})")
+            wrong.append(f"line {number}: it cannot be parted into cells, is a quotation mark left open? ({error})")
+            if not lines:
+                return {}, wrong  # without names of columns nothing more can be said
             continue
         if any(cell.strip() for cell in cells):
             lines.append((number, [cell.strip() for cell in cells]))
@@ -242,11 +247,8 @@ def _parse(text: str, made: Collection[str], check_files: bool) -> tuple[dict[st
             for column in ("path", "roi")
             if check_files and values.get(column) and values[column] not in made and not _is_there(values[column])
         ]
-        told += [
-            f"{column} '{values[column]}' has a brace, which Snakemake takes for a wildcard; rename or link the file"
-            for column in ("path", "roi", "model")
-            if {"{", "}"} & set(values.get(column, ""))
-        ]
+        for column in ("path", "roi", "model"):
+            told += _braces(column, values.get(column, ""))
         model = values.get("model")
         if check_files and model and not models.setdefault(model, _is_model(model)):
             told.append(_unknown_model(model))
@@ -282,6 +284,12 @@ def _as_options(settings: Config) -> dict[str, str]:
         )
         for section, values in settings.model_dump(mode="json").items()
     }
+
+
+def _braces(name: str, path: str) -> list[str]:
+    if not {"{", "}"} & set(path):
+        return []
+    return [f"{name} '{path}' has a brace, which Snakemake takes for a wildcard; rename or link the file"]
 
 
 def _no_option(path: str) -> str:

@@ -82,9 +82,9 @@ class Config(_Settings):
     @classmethod
     def _empty_sections_say_nothing(cls, values: Any) -> Any:
         """As where all lines of a section stand behind a #."""
-        return (
-            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
-        )
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None or key not in cls.model_fields}
 
 
 def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
@@ -175,7 +175,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"{', '.join(twice)} stands there twice")
+            raise ValueError(f"line {node.start_mark.line + 1} and on: {', '.join(twice)} stands there twice")
         return super().construct_mapping(node, deep)
 
 
