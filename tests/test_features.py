@@ -428,6 +428,11 @@ def test_nothing_is_counted_of_nuclei_whose_centroid_lies_outside_the_region() -
     assert len(everywhere) == 2
     assert inside["id"].to_pylist() == everywhere["id"].to_pylist()[:1]
     assert (qc.nuclei, qc.small) == (1, 1)
+    seen, narrow = Box(0, 0, 160, 120), NucleiConfig(halo_px=8)
+    part = cut(maps, seen)
+    arguments = (labels[seen.slices], part, seen, seen, grid, TYPES, "f00d", None, narrow)
+    assert describe_nuclei(*arguments)[1].wide == 1  # the one at the border of what was read
+    assert describe_nuclei(*arguments, shapely.box(0, 0, 240, 240))[1].wide == 0
 
 
 def test_only_nuclei_whose_centroid_lies_in_the_core_are_there() -> None:

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 import pytest
+import shapely
 from made_nuclei import CLASSES, made_meta, made_nuclei
 from scipy import ndimage
 
@@ -116,6 +117,7 @@ def test_nuclei_that_a_network_with_types_gave_none_are_told_too():
     row = re.search(r"nucleus<td class=\"number\">(\d+)<td class=\"number\">([\d.]+)%", page)
     assert row is not None
     assert (row[1], row[2]) == ("1", "3.3")
+    assert re.search(r"nucleus<td.*?µm²<td class=\"number\">-<td class=\"bars\">", page)  # it is certain of no type
     assert re.search(r'<path class="t0" d="M[^"]+z"><title>nucleus, \d+ µm²</title>', page)
     assert "1 nucleus, " in page
 
@@ -174,6 +176,13 @@ def test_what_is_unusual_is_marked(changes, facts, looks):
     found = checks(meta, TissueMask(mask, Grid.over(4000, 3000, 0.25, 0.25, 8.0)), {1: sizes}, replace(FACTS, **facts))
     assert {check.name for check in found if check.verdict == "look"} == looks
     assert ("Small" in {check.name for check in found}) == ("qc" in changes)
+
+
+def test_what_was_asked_for_does_not_ask_for_a_look():
+    region = everywhere(4000, 3000).restricted(shapely.box(0, 0, 100, 100))
+    for tissue in (region, everywhere(4000, 3000)):
+        (check,) = (check for check in checks(made_meta(4000, 3000), tissue, {}, FACTS) if check.name == "Tissue")
+        assert check.verdict == ""
 
 
 def test_places_that_could_not_be_read_are_told_and_crossed_out_where_they_are():

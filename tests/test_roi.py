@@ -141,3 +141,9 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         read_roi(tmp_path / "none.geojson")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_roi(tmp_path)
+
+
+def test_a_hole_that_reaches_over_the_outline_adds_nothing(saved):
+    hole = [[5, 2], [15, 2], [15, 8], [5, 8], [5, 2]]
+    path = saved({"type": "Polygon", "coordinates": [[[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]], hole]})
+    assert read_roi(path).area == pytest.approx(100 - 5 * 6)

@@ -22,7 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian, VLWholeSlideMicroscopyImageStora
 from wsipipe.errors import ResolutionError, SlideError
 from wsipipe.geometry import Box
 from wsipipe.readers import OpenSlideReader, Picture, TiledTiff
-from wsipipe.slide import open_slide
+from wsipipe.slide import _bounds, open_slide
 
 UNSTATED = r"does not state its resolution.*; pass --mpp, e.g. --mpp 0.25 for a 40x scan$"
 
@@ -294,6 +294,12 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def test_bounds_that_hold_nothing_are_none():
+    said = {f"openslide.bounds-{key}": "0" for key in ("x", "y", "width", "height")}
+    assert _bounds(said) is None
+    assert _bounds({**said, "openslide.bounds-width": "10", "openslide.bounds-height": "20"}) == Box(0, 0, 10, 20)
 
 
 @pytest.mark.parametrize("mpp", [25, 0.025])

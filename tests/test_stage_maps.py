@@ -20,6 +20,7 @@ from torch import nn
 
 from wsipipe.config import Config, load_config
 from wsipipe.errors import ConfigError, ModelError, SettingsError, SlideError, StoreError
+from wsipipe.folder import record_of
 from wsipipe.geometry import Box, Grid
 from wsipipe.maps import Maps, to_input, to_maps
 from wsipipe.model.spec import ModelSpec
@@ -330,11 +331,28 @@ def test_a_finished_store_is_left_as_it_is_and_the_network_not_asked(tmp_path: P
     assert oracle.calls > 0
 
 
+def test_no_record_tells_of_maps_that_it_was_not_written_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "maps.zarr"
+    run(out)
+    before = record_of(out).read_bytes()
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "write_record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, config=load_config(overrides={"maps": {"chunk_tiles": 1}}), overwrite=True)
+    monkeypatch.undo()
+    assert not record_of(out).exists()
+    run(out, config=load_config(overrides={"maps": {"chunk_tiles": 1}}))
+    assert record_of(out).read_bytes() != before
+
+
 def test_white_for_what_could_not_be_read_is_not_kept_where_it_was_not_asked_for(tmp_path: Path) -> None:
     out, slide = tmp_path / "maps.zarr", DrawnSlide()
     run(out)
     (out / "unread").write_text("0 0 256 256\n")
-    with pytest.raises(SettingsError, match=r"is white at 1 places .*--skip-bad-tiles.*--overwrite"):
+    with pytest.raises(SettingsError, match=r"is white where .*--skip-bad-tiles.*--overwrite"):
         run(out)
     slide.skips_unread = True
     make_maps(slide, TISSUE, (Oracle(), SPEC, SHA256), out, CONFIG, device="cpu")  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ INK_AREA_UM2 = 5_000.0  # smaller patches of ink colour are the fringes of sharp
 INK_MARGIN_UM = 24.0  # the blurred rim of a pen stroke has the colour of pale tissue
 # Of the whole image: in a picture smaller than a slide no piece larger than this share is a speck.
 SPECK_SHARE = 0.02
-REACH_UM = 16.0  # how far a nucleus may lie from its own centre
+WIDE_UM = 16.0  # from the centre of a nucleus to its end; hardly any is wider
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class TissueMask:
         """Of a pixel that region and slide cover in part, that part counts: nuclei are nowhere else."""
         grid, whole = self.grid, self.grid.to_px0((self.grid.width, self.grid.height))
         size = whole if self.size_px0 is None else np.array(self.size_px0, float)
-        area_px0 = float(self.area_px0(np.zeros((1, 2)), size[None])[0])
+        last = size - grid.to_px0((grid.width - 1, grid.height - 1))  # the lower right pixel goes to the slide's end
+        row = np.count_nonzero(self.mask, axis=1) * grid.scale_x + self.mask[:, -1] * (last[0] - grid.scale_x)
+        area_px0 = float(row.sum() * grid.scale_y + row[-1] * (last[1] - grid.scale_y))
         if self.region is not None:
             cut = np.zeros_like(self.mask)
             cut[tuple(_covered(self.region, grid)[1].T[::-1])] = True
@@ -78,8 +80,8 @@ class TissueMask:
         return bool(self.mask[top : math.ceil(y1), left : math.ceil(x1)].any())
 
     def reaches(self, box: Box, grid: Grid) -> bool:
-        """True if a nucleus whose centre lies on tissue may lie in a box of `grid` in part."""
-        return self.meets(box.grown(math.ceil(REACH_UM / grid.mpp)), grid)
+        """True if a nucleus whose centre lies on tissue, and that reaches up to 16 µm, may lie in a box of `grid`."""
+        return self.meets(box.grown(math.ceil(WIDE_UM / grid.mpp)), grid)
 
     def holds(self, xy_px0: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """True for level-0 points (N, 2) on tissue."""

@@ -12,7 +12,7 @@ from wsipipe.tiles import TileGeometry
 SPEC_VERSION = 1
 MOST_TILE_PX = 8192
 CHUNK_TILES, CHUNK_PX = 4, 2048  # a chunk is of so many tiles a side, of fewer where it would be wider
-MOST_CHUNK_PX = 16384  # two gigabytes of maps of five types
+MOST_CHUNK_PX = 16384  # 2.4 GB of maps of five types
 MOST_CLASSES = 255  # a type is stored as one byte
 
 

@@ -167,7 +167,7 @@ def make_maps(
         )  # fmt: skip
         if store.unread and not slide.skips_unread:
             raise SettingsError(
-                f"{out} is white at {len(store.unread)} places that could not be read; keep it with --skip-bad-tiles, "
+                f"{out} is white where the slide could not be read, as --skip-bad-tiles lets it be; keep it with that, "
                 "or start afresh with --overwrite"
             )
         started = time.monotonic()

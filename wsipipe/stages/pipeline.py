@@ -1,4 +1,4 @@
-"""Maps of all tiles with tissue, from the slide into the store.
+"""Maps of all tiles that nuclei on tissue reach, from the slide into the store.
 
 Three parties, each waiting only for the one before it: reader threads fill batches ahead of need, the network takes
 them, one writer thread puts tiles together to chunks and commits them. On a CPU the network takes a batch on each core
@@ -53,12 +53,12 @@ class Item:
 
     tile: Tile
     chunk: int
-    chunk_tiles: int  # with tissue: that many make it complete
+    chunk_tiles: int  # of all that are made: that many make it complete
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All tiles with tissue in the order of work: chunk by chunk, generated anew each time."""
+    """All tiles that nuclei on tissue reach, in the order of work: chunk by chunk, generated anew each time."""
 
     meta: StoreMeta
     meets: Callable[[Box], bool]
