@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from wsipipe.cli import app
 from wsipipe.errors import ConfigError, DataError
 from wsipipe.model.registry import PANNUKE_CLASSES, SPECS
-from wsipipe.model.weights import load_model
+from wsipipe.model.weights import load_model, save_checkpoint
 from wsipipe.training.assess import assess
 from wsipipe.training.data import PatchSet
 from wsipipe.training.report import as_markdown, write_report
@@ -155,6 +155,41 @@ def test_scores_of_a_fold_say_which(apart, oracle, tmp_path):
     assert (tmp_path / "scores.md").read_text().splitlines()[0].endswith("on apart, fold 2: protocol segment")
     with pytest.raises(DataError, match="has no fold '7'; it has 0, 1, 2, 3"):
         assess(load_model(oracle), PatchSet.open(apart), fold="7", device="cpu")
+
+
+def test_a_set_that_the_model_was_trained_on_is_split_as_it_was_there(apart, oracle, tmp_path):
+    rows = "".join(f"i{i},g{i},{split},{i}\n" for i, split in enumerate(("train", "validation", "test", "test")))
+    (apart / "index.csv").write_text("name,group,split,fold\n" + rows)
+    network, spec, _ = load_model(oracle)
+    folds = {"train": ["2"], "validation": ["1"], "test": ["0"]}
+    fingerprint = PatchSet.open(apart).with_folds(folds).fingerprint
+    of_run = tmp_path / "best.safetensors"
+    save_checkpoint(of_run, network, spec, {"config": {"folds": folds}, "data": {"elsewhere/apart": fingerprint}})
+
+    def evaluated(*more: str) -> list[str] | str:
+        given = ["evaluate", str(of_run), str(apart), "--device", "cpu", "-o", str(tmp_path / "out"), *more]
+        result = CliRunner().invoke(app, given)
+        if result.exit_code:
+            return str(result.exception)
+        return [image["name"] for image in json.loads((tmp_path / "out/scores.json").read_text())["images_scores"]]
+
+    assert evaluated() == evaluated("--fold", "0") == ["i0"]
+    assert evaluated("--split", "validation") == ["i1"]
+    assert evaluated("--fold", "3") == ["i3"]
+    for fold, split in {"2": "train", "1": "validation"}.items():
+        assert f"had fold '{fold}' of {apart} for {split}; choose a fold that it did not see" in evaluated(
+            "--fold", fold
+        )
+
+    model, patches = load_model(of_run), PatchSet.open(apart)
+    there = {"config": {"folds": {"train": ["2"], "validation": ["1"]}}, "data": {str(apart): "changed since"}}
+    with pytest.raises(DataError, match="no image in the split 'test'"):
+        assess(model, patches, device="cpu", notes=there)
+    unknown = {"config": {"folds": folds}, "data": {"elsewhere/other": "another"}}
+    assert [image["name"] for image in assess(model, patches, device="cpu", notes=unknown).images] == ["i2", "i3"]
+    plain = {"config": {"folds": {}}, "data": {str(apart): ""}}
+    with pytest.raises(DataError, match="had fold '0'"):
+        assess(model, patches, device="cpu", fold="0", notes=plain)
 
 
 def test_what_cannot_be_assessed_is_refused(apart, oracle, tmp_path):

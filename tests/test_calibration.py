@@ -84,6 +84,22 @@ def test_the_temperature_that_makes_certainties_true_is_found(tmp_path, monkeypa
     assert divided == pytest.approx(gain / figures["temperature"], rel=1e-4)
 
 
+def test_the_images_that_validated_are_those_of_the_run(tmp_path, monkeypatch):
+    folder = write_set(tmp_path / "discs")
+    (folder / "index.csv").write_text("name,group,split,fold\n" + "".join(f"i{i},g{i},train,{i}\n" for i in range(4)))
+    seen = []
+
+    def scores(model, patches, split, *, device):
+        seen.extend(patches.of(split).tolist())
+        return [score_image(two_squares([1, 1]), two_squares([1, 1], [0.9, 0.6]), 3, 5.0)]
+
+    monkeypatch.setattr(calibration, "score_images", scores)
+    notes = {"config": {"folds": {"train": ["1", "2"], "validation": ["3"]}}, "data": {str(folder): ""}}
+    model = (build(shrunk("cellvta-nano")), shrunk("cellvta-nano"), "")
+    calibration.calibrate(model, [PatchSet.open(folder)], notes=notes)
+    assert set(seen) == {3}
+
+
 def test_without_typed_validation_images_there_is_nothing_to_fit(tmp_path):
     untyped = PatchSet.open(write_set(tmp_path / "untyped", typed=False))
     with pytest.raises(DataError, match="validation images with types"):

@@ -199,7 +199,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
 ) -> None:
     """Score a model on a patch set: PQ, AJI, Dice and F1 by type and tissue, counted as published and strictly."""
-    from wsipipe.model.weights import load_model
+    from wsipipe.model.weights import find_checkpoint, load_model, read_notes
     from wsipipe.training.assess import assess
     from wsipipe.training.data import SPLITS, PatchSet
     from wsipipe.training.report import write_report
@@ -208,7 +208,18 @@ def evaluate(
     if split not in SPLITS:
         raise DataError(f"there is no split '{split}'; there are: {', '.join(SPLITS)}")
     loaded, way = load_model(model), protocol.value
-    made = assess(loaded, opened, split, way, fold=fold, device=device, batch_size=batch_size, progress=True)  # type: ignore[arg-type]
+    notes = read_notes(find_checkpoint(model))
+    made = assess(
+        loaded,
+        opened,
+        split,  # type: ignore[arg-type]
+        way,  # type: ignore[arg-type]
+        fold=fold,
+        device=device,
+        batch_size=batch_size,
+        progress=True,
+        notes=notes,
+    )
     write_report(made, opened, out)
     for counting, scores in made.scores.items():
         typer.echo(
@@ -235,8 +246,9 @@ def calibrate(
 
     logging.getLogger("wsipipe.stages").setLevel(logging.WARNING)  # they run once an image and temperature
     loaded = load_model(model)
-    network, figures = fitted(loaded, [PatchSet.open(folder) for folder in data], device=device)
-    notes = {**read_notes(model), "calibration": figures, "calibrated_from_sha256": loaded[2]}
+    notes = read_notes(model)
+    network, figures = fitted(loaded, [PatchSet.open(folder) for folder in data], device=device, notes=notes)
+    notes |= {"calibration": figures, "calibrated_from_sha256": loaded[2]}
     save_checkpoint(out, network, loaded[1], notes)
     typer.echo(
         f"temperature {figures['temperature']:.2f}: expected calibration error "

@@ -124,11 +124,18 @@ def convert(source: Path, out: Path) -> ModelSpec:
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """What training noted in one of our checkpoints, or whoever changed it since. Raises ModelError if damaged."""
+    """What training noted in one of our checkpoints, or whoever changed it since; nothing of another project's.
+
+    Raises ModelError if damaged.
+    """
+    if not _is_safetensors(path):
+        return {}
     try:
-        notes: dict[str, Any] = json.loads(_header(path).get("wsipipe_notes", "{}"))
+        notes = json.loads(_header(path).get("wsipipe_notes", "{}"))
     except ValueError as error:
         raise ModelError(f"the notes in {path} are no JSON: {error}") from error
+    if not isinstance(notes, dict):
+        raise ModelError(f"the notes in {path} are no JSON by name")
     return notes
 
 

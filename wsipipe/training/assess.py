@@ -14,9 +14,10 @@ anything was found. See `wsipipe.training.scores.score_image`.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -31,6 +32,7 @@ from wsipipe.model.spec import ModelSpec
 from wsipipe.progress import Progress
 from wsipipe.training.data import PatchSet, Split
 from wsipipe.training.evaluate import segment_image, truth_of
+from wsipipe.training.run_folder import split_as_trained
 from wsipipe.training.scores import ImageScores, TypedNuclei, score_image, summarise
 from wsipipe.training.tiled import MPP_20X, Finder, batched, find_enlarged, find_whole
 
@@ -86,16 +88,24 @@ def assess(
     config: Config | None = None,
     keep: int = 4,
     progress: bool = False,
+    notes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Assessment:
     """Find and count, on a split or on the images of a `fold`, which then are the test.
+
+    Parameters
+    ----------
+    notes : mapping
+        What training noted in the checkpoint, see `read_notes`: a set that the run had is split as it was there.
 
     Raises
     ------
     ConfigError
         If there is no such protocol, or the images are not as it needs them, or the network does not answer so.
     DataError
-        If the split is empty, there is no such fold, or the set names other types than the model.
+        If the split is empty, there is no such fold, the model was trained or chosen on it, or the set names other
+        types than the model.
     """
+    spec = model[1]
     if protocol not in get_args(Protocol):
         raise ConfigError(f"there is no protocol '{protocol}'; there are: {', '.join(get_args(Protocol))}")
     if protocol in ("conic", "conic-corrected") and abs(patches.mpp / MPP_20X - 1) > MPP_TOLERANCE:
@@ -103,9 +113,17 @@ def assess(
             f"protocol {protocol} is for images at {MPP_20X} µm/px, and those of {patches.folder} are at "
             f"{patches.mpp:.4g}; use --protocol segment or pannuke"
         )
+    trained = split_as_trained(patches, notes)
+    patches = patches if trained is None else trained
     if fold is not None:
+        seen = {patch.split for patch in trained.index if patch.fold == fold} if trained is not None else set()
+        if used := " and ".join(sorted(seen & {"train", "validation"})):
+            raise DataError(
+                f"the run that made these weights had fold '{fold}' of {patches.folder} for {used}; choose a fold that "
+                "it did not see, or leave --fold out for what it kept for the test"
+            )
         split, patches = "test", patches.with_folds({"test": [fold]})
-    spec, numbers = model[1], patches.of(split)
+    numbers = patches.of(split)
     if not len(numbers):
         raise DataError(f"{patches.folder} has no image in the split '{split}'")
     if patches.types is not None and patches.class_names != spec.class_names:

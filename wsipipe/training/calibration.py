@@ -6,7 +6,8 @@ network needs to know. No nucleus changes its type by it as long as its pixels a
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from wsipipe.errors import DataError, ModelError
 from wsipipe.model.spec import ModelSpec
 from wsipipe.training.data import PatchSet
 from wsipipe.training.evaluate import score_images
+from wsipipe.training.run_folder import split_as_trained
 from wsipipe.training.scores import calibration_of, certain_pairs
 
 log = logging.getLogger(__name__)
@@ -27,12 +29,21 @@ TRIES = 12
 
 
 def calibrate(
-    model: tuple[nn.Module, ModelSpec, str], sets: Sequence[PatchSet], *, device: str = "auto"
+    model: tuple[nn.Module, ModelSpec, str],
+    sets: Sequence[PatchSet],
+    *,
+    device: str = "auto",
+    notes: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network with the temperature at which its certainties fit the validation images of `sets` best.
 
     What is told as certainty is taken from the whole of `segment`; the temperature makes the likelihood of being right
     as often as told the greatest.
+
+    Parameters
+    ----------
+    notes : mapping
+        What training noted in the checkpoint, see `read_notes`: sets that the run had are split as they were there.
 
     Returns
     -------
@@ -47,6 +58,7 @@ def calibrate(
     ModelError
         If the network has no branch of types as CellVTA has it.
     """
+    sets = [split_as_trained(patches, notes) or patches for patches in sets]
     typed = [patches for patches in sets if patches.types is not None and len(patches.of("validation"))]
     if not typed:
         raise DataError("no set has validation images with types; a temperature cannot be found without")

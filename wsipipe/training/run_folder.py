@@ -28,11 +28,12 @@ from torch import nn
 from wsipipe import __version__
 from wsipipe.atomic import finished
 from wsipipe.device import Precision
-from wsipipe.errors import StoreError
+from wsipipe.errors import DataError, StoreError
 from wsipipe.lock import Lock
 from wsipipe.model.spec import ModelSpec
 from wsipipe.model.weights import save_checkpoint
 from wsipipe.training.config import FREE, TrainConfig
+from wsipipe.training.data import PatchSet
 
 log = logging.getLogger(__name__)
 
@@ -204,6 +205,20 @@ class RunFolder:
         """Nothing more will be logged."""
         if self._board is not None:
             self._board.close()
+
+
+def split_as_trained(patches: PatchSet, notes: Mapping[str, Any]) -> PatchSet | None:
+    """The set as the run that left `notes` in its checkpoint split it; None if it is not of the data of that run.
+
+    It is, if it lies where they lay, or has their fingerprint.
+    """
+    config, data = notes.get("config") or {}, notes.get("data") or {}
+    try:
+        split = patches.with_folds(config["folds"]) if config.get("folds") else patches
+    except DataError:
+        return None
+    lies_there = patches.folder.resolve() in [Path(folder).resolve() for folder in data]
+    return split if lies_there or split.fingerprint in data.values() else None
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
