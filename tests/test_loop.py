@@ -460,6 +460,36 @@ def test_a_validation_without_a_number_never_stands_in_the_way_of_one_with(discs
     assert progress.best == 0.4
 
 
+def test_a_run_whose_loss_is_no_number_stops_and_saves_nothing_of_it(discs, tmp_path):
+    wild = config(discs, learning_rate=1e30, clip_norm=None, ema_decay=0.0, warmup_steps=0)
+    with pytest.raises(ConfigError, match=r"the loss is no number at step 3 \(nothing was saved\); train with a lower"):
+        train(wild, tmp_path / "wild")
+    assert not {"last.pt", "best.safetensors", "last.pt.lock"} & {path.name for path in (tmp_path / "wild").iterdir()}
+
+
+@pytest.mark.parametrize("changes", [{"best_by": "bPQ"}, {"validate_every": 8, "save_every": 2}])
+def test_weights_that_are_no_numbers_never_take_the_place_of_ones_that_are(changes, discs, tmp_path, monkeypatch):
+    step = loop.Learner.step
+
+    def spoilt(learner, batches, number, rate):
+        made = step(learner, batches, number, rate)
+        if number == 4:
+            for parameter in learner.learning:
+                parameter.data.fill_(math.nan)
+        return made
+
+    monkeypatch.setattr(loop.Learner, "step", spoilt)
+    settings = config(discs, **{"steps": 8, "validate_every": 3, "ema_decay": 0.0, **changes})
+    kept = settings.save_every or settings.validate_every
+    with pytest.raises(ConfigError, match=rf"no number at step 6 \(last\.pt is of step {6 - kept}\);"):
+        train(settings, tmp_path)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert last["step"] == 6 - kept
+    assert all(value.isfinite().all() for value in last["network"].values())
+    if settings.best_by == "bPQ":
+        assert json.loads(safe_open(tmp_path / "best.safetensors", "pt").metadata()["wsipipe_notes"])["step"] == 3
+
+
 def test_a_killed_process_goes_on_to_the_same_bits(discs, tmp_path):
     """With paths that are dropped at random, so that the draws within a step count too."""
     experiment = tmp_path / "experiment.yaml"
@@ -499,27 +529,33 @@ def test_a_run_that_is_stopped_with_its_workers_says_how_to_go_on(number, code, 
     assert "Traceback" not in said
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_network(discs, tmp_path):
-    experiment = tmp_path / "experiment.yaml"
-    experiment.write_text(yaml.safe_dump(config(discs, steps=4).model_dump(mode="json")))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
-    run = subprocess.run(
-        [*launch, "wsipipe", "train", str(experiment), str(tmp_path / "run")],
+def run_by_two(settings: TrainConfig, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A run of two processes in `folder`/run, and what they said."""
+    experiment = folder / "experiment.yaml"
+    experiment.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    return subprocess.run(
+        [*launch, "wsipipe", "train", str(experiment), str(folder / "run")],
         capture_output=True,
         text=True,
         check=False,
+        timeout=500,
     )
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(discs, tmp_path):
+    run = run_by_two(config(discs, steps=4), tmp_path)
     assert run.returncode == 0, run.stderr
+    assert "on 2 x cpu" in run.stderr
     assert len(losses(tmp_path / "run")) == 4
     assert read_spec(tmp_path / "run/best.safetensors").name == "cellvta-nano"
+
+
+@pytest.mark.slow
+def test_both_processes_stop_where_the_loss_is_no_number(discs, tmp_path):
+    wild = config(discs, learning_rate=1e30, clip_norm=None, ema_decay=0.0, warmup_steps=0)
+    run = run_by_two(wild, tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.count("wsipipe: the loss is no number at step 3 (nothing was saved)") == 2
+    assert not (tmp_path / "run/best.safetensors").exists()

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from wsipipe.device import choose_device, choose_precision
-from wsipipe.errors import StoreError
+from wsipipe.errors import ConfigError, StoreError
 from wsipipe.model.spec import ModelSpec
 from wsipipe.training.batches import open_sets, training_batches, training_crops, validation_batches
 from wsipipe.training.config import TrainConfig, load_experiment
@@ -49,7 +49,8 @@ def train(config: TrainConfig, run: Path) -> Path:
     Raises
     ------
     ConfigError
-        If the model is unknown or cannot be trained so, or a split is empty.
+        If the model is unknown or cannot be trained so, which may show as a loss that is no number, or a split is
+        empty.
     ModelError
         If the weights to start with cannot be read.
     DataError
@@ -96,7 +97,7 @@ def _learn(
         schedule.steps,
     )
 
-    started, first = time.monotonic(), progress.step
+    started, first, saved = time.monotonic(), progress.step, progress.step
     batches = training_batches(config, crops, progress.step, schedule.steps, team)
     while progress.step < schedule.steps and not progress.ended:
         factor = rate(progress.step, config, schedule)
@@ -113,20 +114,35 @@ def _learn(
                 "step %d of %d: loss %.3f, %.2f s a step, %s left", step, schedule.steps, values["loss"], seconds, left
             )
         if step % schedule.validate_every == 0 or at_end:
+            scores = told_to_all(learner.validate(held) if team.is_main_process else {}, team)
+            if not math.isfinite(scores["loss"]):
+                raise _diverged(step, saved)
+            better = progress.improved(scores, config)
             if team.is_main_process:
-                scores = learner.validate(held)
                 folder.log_validation(step, scores)
-                if progress.improved(scores, config):
+                if better:
                     folder.save_best(learner.kept, spec, step, scores, config)
                 log.info("step %d: validation %s (best %s %.4f)", step, scores, config.best_by, progress.best)
-            progress = told_to_all(progress, team)
-        if (step % schedule.save_every == 0 or at_end or progress.ended) and team.is_main_process:
-            folder.save(progress, learner.parts, learner.precision)
+        if step % schedule.save_every == 0 or at_end or progress.ended:
+            if not learner.is_finite():
+                raise _diverged(step, saved)
+            if team.is_main_process:
+                folder.save(progress, learner.parts, learner.precision)
+            saved = step
     folder.close()
     team.wait_for_everyone()
     if not folder.best.exists():
         raise StoreError(f"{folder.path} has ended, but its best.safetensors is gone; train anew in another folder")
     return folder.best
+
+
+def _diverged(step: int, saved: int) -> ConfigError:
+    """Why every process of a run stops, and what is left of it."""
+    left = f"last.pt is of step {saved}" if saved else "nothing was saved"
+    return ConfigError(
+        f"the loss is no number at step {step} ({left}); train with a lower learning_rate or a clip_norm in another "
+        "folder"
+    )
 
 
 class Learner:
@@ -200,6 +216,10 @@ class Learner:
         if self.averaged is not None:
             self.averaged.update_parameters(self.network)
         return {name: part / count for name, part in sums.items()}, norm
+
+    def is_finite(self) -> bool:
+        """Whether all that learns still are numbers: the same on every process of a team."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.learning)
 
     def validate(self, batches: DataLoader[Item]) -> dict[str, float]:
         """Scores of what is kept."""
