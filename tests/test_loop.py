@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from made_patches import CLASSES, write_set
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -403,6 +404,17 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_run_has_a
     with pytest.raises(ConfigError, match="a batch of 4 cannot be shared by 3 processes"):
         train(config(discs, steps=1, batch_size=4), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_launcher_has_no_say_in_the_arithmetic(discs, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    AcceleratorState._reset_state(reset_partial_state=False)  # a process has one, whatever its settings
+    try:
+        team = start_team(config(discs, precision="fp32"))
+        assert (team.mixed_precision, team.state.dynamo_plugin.backend.value) == ("no", "NO")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=False)
 
 
 def test_training_starts_as_the_equal_of_a_narrower_network(discs, tmp_path):

@@ -34,7 +34,12 @@ def start_team(config: TrainConfig) -> Any:
         DistributedDataParallelKwargs(find_unused_parameters=True),  # what is frozen or has no loss gets no gradient
         InitProcessGroupKwargs(timeout=VALIDATION),
     ]
-    team = Accelerator(cpu=choose_device(config.device).type == "cpu", kwargs_handlers=handlers)
+    team = Accelerator(
+        cpu=choose_device(config.device).type == "cpu",
+        mixed_precision="no",  # the loop's, as `precision` says; the launcher's would come on top of it
+        dynamo_backend="no",
+        kwargs_handlers=handlers,
+    )
     if config.batch_size % team.num_processes:
         raise ConfigError(f"a batch of {config.batch_size} cannot be shared by {team.num_processes} processes")
     return team
