@@ -1,5 +1,6 @@
 """Patch sets: what is written is what is read, and item i is item i."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def test_an_array_that_breaks_the_layout_is_refused_by_name(tmp_path, file, arra
         ("dataset.json", '{"format": 1, "class_names": null}', r"dataset\.json.*mpp"),
         ("dataset.json", '{"format": 1, "class_names": null, "mpp": 250}', r"mpp is 250"),
         ("dataset.json", '{"format": 1, "class_names": "ab", "mpp": 0.25}', r"class_names must be a list"),
+        ("dataset.json", '{"format": 1, "class_names": ["a", "b", "b"], "mpp": 0.25}', r"\['b'\] more than once"),
+        ("dataset.json", json.dumps({"format": 1, "class_names": [*map(str, range(256))]}), "256 class_names; at most"),
         ("index.csv", "name,group,split\na,b,train\n", r"index\.csv has 1 rows for 4 images"),
         ("index.csv", "name,group\n" + "a,b\n" * 4, r"index\.csv must be a table.*split"),
         ("index.csv", "name,group,split\n" + "a,b,train\n" * 3 + "z,b,training\n", r"image 3 \(z\).*'training'"),

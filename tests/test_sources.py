@@ -22,7 +22,7 @@ from wsipipe.training.sources import qupath
 from wsipipe.training.sources.cellvit import prepare_cellvit, read_label
 from wsipipe.training.sources.conic import TYPES, prepare_conic
 from wsipipe.training.sources.image_masks import prepare_image_masks
-from wsipipe.training.sources.own_images import Splits
+from wsipipe.training.sources.own_images import Splits, class_names_of
 from wsipipe.training.sources.pannuke import joined, prepare_pannuke
 from wsipipe.training.sources.qupath import prepare_qupath
 from wsipipe.training.write import Description, count, differences, digest_of, windows
@@ -474,6 +474,24 @@ def test_faults_of_qupath_annotations_come_all_at_once(tmp_path):
         prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25, classes=["Tumour"])
     with pytest.raises(DataError, match="does not state its resolution; pass --image-mpp"):
         prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF)
+
+
+def test_classes_that_are_none_of_nuclei_are_refused_by_file(tmp_path):
+    src = write_qupath(tmp_path / "src", [*NUCLEI, feature(square(30, 60, 10), "Background")])
+    write_qupath(src, [*NUCLEI, feature(square(30, 60, 10), "Ignore*")], "b")
+    for classes in (None, ["Background", "Stroma", "Tumour"]):
+        with pytest.raises(
+            DataError, match=r"a\.geojson: 1 nuclei have the class background.*b\.geojson: 1 objects have the class Ign"
+        ):
+            prepare_qupath(src, tmp_path / "dst", ABOUT, 64, HALF, image_mpp=0.25, classes=classes)
+
+
+def test_more_types_than_a_byte_tells_apart_are_refused():
+    names = {f"type {number}" for number in range(255)}
+    with pytest.raises(DataError, match="255 types; at most 254"):
+        class_names_of(None, names)
+    assert len(class_names_of([*names][:254], set())) == 255
+    assert class_names_of(["Background", "a", "a"], set()) == ("background", "a")
 
 
 def prepared_cellvit(src: Path, dst: Path):

@@ -5,6 +5,7 @@ from typing import Any
 import shapely
 
 REGION = "region*"  # QuPath's own class for areas to look into; QuPath writes the star
+IGNORE = "ignore*"  # and that for areas to look past
 
 
 def outline_of(feature: dict[str, Any]) -> shapely.Geometry:
@@ -29,3 +30,8 @@ def class_of(feature: dict[str, Any]) -> str:
 def is_region(name: str) -> bool:
     """Whether objects of this class are areas to look into, no nuclei."""
     return name.lower() in (REGION, REGION.rstrip("*"))
+
+
+def is_ignored(name: str) -> bool:
+    """Whether objects of this class are areas to look past, no nuclei."""
+    return name.lower() in (IGNORE, IGNORE.rstrip("*"))

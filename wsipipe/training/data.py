@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsipipe.errors import DataError, one_line
+from wsipipe.model.spec import MOST_CLASSES
 
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
@@ -198,6 +199,11 @@ def _read_description(path: Path) -> dict[str, Any]:
         names = about["class_names"]
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise DataError(f"{path}: class_names must be a list of names, background first, or null")
+        told: list[str] = names or []
+        if repeated := sorted({name for name in told if told.count(name) > 1}):
+            raise DataError(f"{path}: class_names holds {repeated} more than once; give every type a name of its own")
+        if len(told) > MOST_CLASSES:
+            raise DataError(f"{path}: there are {len(told)} class_names; at most {MOST_CLASSES} can be told apart")
         mpp = float(about["mpp"])
         if not 0.01 < mpp < 10:
             raise DataError(f"{path}: mpp is {mpp}; it must be the µm of one pixel, such as 0.25")

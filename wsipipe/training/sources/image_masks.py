@@ -12,7 +12,7 @@ import numpy.typing as npt
 from wsipipe.errors import DataError, one_line
 from wsipipe.mask_table import read_mask_table
 from wsipipe.training.data import UNKNOWN_TYPE, Patch, PatchSet
-from wsipipe.training.sources.own_images import Splits, class_names_of, first_of, images_of
+from wsipipe.training.sources.own_images import Splits, class_names_of, first_of, images_of, is_background
 from wsipipe.training.write import SOURCES, Description, Drawn, digest_of, windows, write_patch_set
 
 Array = npt.NDArray[Any]
@@ -101,7 +101,7 @@ def _read_labels(path: Path) -> Array:
 def _type_table(path: Path) -> dict[int, str]:
     """Type of every nucleus that the table gives one."""
     rows = [(row.number, row.value) for row in read_mask_table(path, "type") if row.value]
-    if background := sorted(number for number, name in rows if name.lower() == "background"):
+    if background := sorted(number for number, name in rows if is_background(name)):
         raise DataError(
             f"{path}: the ids {background} have the type background; give them another, or none if it is not known"
         )

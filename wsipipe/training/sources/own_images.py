@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from wsipipe.errors import DataError
+from wsipipe.model.spec import MOST_CLASSES
 from wsipipe.training.data import SPLITS
 
 BESIDES = (".geojson", ".json", ".gz", ".csv", ".txt", ".md")  # what may lie beside images and is none
@@ -109,8 +110,19 @@ def first_of(folder: Path, stem: str, endings: Sequence[str]) -> Path | None:
 
 
 def class_names_of(wanted: Sequence[str] | None, found: set[str]) -> tuple[str, ...]:
-    """Background and the types: those asked for, or else all that were found, in the order of the alphabet."""
-    return (
-        "background",
-        *(sorted(found) if wanted is None else (name for name in dict.fromkeys(wanted) if name != "background")),
-    )
+    """Background and the types: those asked for, or else all that were found, in the order of the alphabet.
+
+    Raises
+    ------
+    DataError
+        If they are more than a patch set can tell apart.
+    """
+    types = sorted(found) if wanted is None else [name for name in dict.fromkeys(wanted) if not is_background(name)]
+    if len(types) >= MOST_CLASSES:
+        raise DataError(f"there are {len(types)} types; at most {MOST_CLASSES - 1} can be told apart")
+    return ("background", *types)
+
+
+def is_background(name: str) -> bool:
+    """Whether a type is called as what is no nucleus."""
+    return name.lower() == "background"

@@ -13,11 +13,11 @@ import shapely
 
 from wsipipe.errors import DataError, ResolutionError, SlideError, one_line
 from wsipipe.geometry import Box
-from wsipipe.objects import class_of, is_region, outline_of
+from wsipipe.objects import class_of, is_ignored, is_region, outline_of
 from wsipipe.slide import Slide, open_slide
 from wsipipe.training.data import UNKNOWN_TYPE, Patch, PatchSet
 from wsipipe.training.paint import pixels_within
-from wsipipe.training.sources.own_images import Splits, class_names_of, first_of, images_of
+from wsipipe.training.sources.own_images import Splits, class_names_of, first_of, images_of, is_background
 from wsipipe.training.write import SOURCES, Description, Drawn, digest_of, windows, write_patch_set
 
 Array = npt.NDArray[Any]
@@ -60,7 +60,7 @@ def prepare_qupath(
     ------
     DataError
         With every image without annotations or of unknown resolution, region that is no rectangle or smaller than a
-        patch, and class that is none of `classes`.
+        patch, and class that is none of `classes`, or none of a nucleus: `background`, `Ignore*`.
     """
     folder = src / "images" if (src / "images").is_dir() else src
     stems, faults = images_of(folder), []
@@ -77,6 +77,7 @@ def prepare_qupath(
             continue
         try:
             found[stem] = read_annotation(path)
+            faults += _no_types(found[stem], path)
         except DataError as error:
             faults.append(str(error))
     occurring = {name for annotation in found.values() for _, name in annotation.nuclei if name}
@@ -165,6 +166,22 @@ def read_annotation(path: Path) -> Annotation:
     if not nuclei and not regions:  # a region without nuclei is worth learning from
         raise DataError(f"{path} holds no nuclei")
     return Annotation(tuple(nuclei), tuple(regions))
+
+
+def _no_types(annotation: Annotation, path: Path) -> list[str]:
+    """Classes that no nucleus can be learnt as."""
+    names = [name for _, name in annotation.nuclei]
+    faults = []
+    if count := sum(is_background(name) for name in names):
+        faults.append(
+            f"{path}: {count} nuclei have the class background; give them another, or none if it is not known"
+        )
+    if count := sum(is_ignored(name) for name in names):
+        faults.append(
+            f"{path}: {count} objects have the class Ignore*, and a patch set has no pixels that nothing is learnt of; "
+            "delete them, and draw Region* round what is to be learnt"
+        )
+    return faults
 
 
 def _no_nuclei(slide: Slide, annotation: Annotation, path: Path) -> list[str]:
