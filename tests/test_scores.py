@@ -106,6 +106,18 @@ def test_nuclei_without_a_type_are_predictions_in_the_clean_protocol_only():
     assert score_image(true, predicted, 3, 12, "published").counts.tolist() == [1, 1, 0, 1]
 
 
+@pytest.mark.parametrize("protocol", ["clean", "published"])
+def test_where_there_are_no_types_nuclei_without_one_count(protocol):
+    true, predicted = squares(UNKNOWN_TYPE, UNKNOWN_TYPE), squares(0, 0)
+    scored = score_image(true, predicted, 1, 12, protocol)
+    assert scored.quality == pytest.approx(1, abs=1e-5)
+    assert scored.counts.tolist() == [2, 0, 0, 2]
+    summary = summarise([scored], ["background"])
+    assert (summary["bPQ"], summary["pooled"]["bPQ"]) == pytest.approx((1, 1), abs=1e-5)
+    assert summary["detection"]["f1"] == 1
+    assert np.isnan(summary["mPQ"])
+
+
 def test_nuclei_of_a_pixel_or_a_line_are_no_predictions_in_the_published_protocol():
     true = squares(1, 1)
     instance_map = true.instance_map.copy()

@@ -122,7 +122,8 @@ def score_image(
     where nothing is counts as 0. All predicted nuclei count.
 
     "published" is how CellViT and CellVTA count. bPQ and the PQ of a type are NaN if the truth holds none, whatever
-    was predicted. Predicted nuclei without a type count for centroids only. Dice is 0 if both masks are empty.
+    was predicted. Where there are types, predicted nuclei without one count for centroids only. Dice is 0 if both
+    masks are empty.
     Nuclei whose outline has less than three corners (a pixel, a line) are no detections, and no predictions at all.
     An image without true, or without predicted, centroids has one of type 0 at (0, 0).
 
@@ -131,7 +132,7 @@ def score_image(
     published = protocol == "published"
     if published:
         predicted = _outlined(predicted)
-    counts, type_counts = _counts(true, predicted, type_count, typed_only=published)
+    counts, type_counts = _counts(true, predicted, type_count, typed_only=published and type_count > 1)
     found = (counts[:2] if published else counts[:3]).sum(0)
     type_found = (type_counts[:2] if published else type_counts[:3]).sum(0)
     overlap = dice(true.mask, predicted.mask)
