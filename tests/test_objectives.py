@@ -123,6 +123,24 @@ def test_a_run_leaves_a_model_that_finds_nuclei_in_whole_images(name, apart, tmp
         assert assessment.about["images"] == 1
 
 
+def test_a_hovernet_without_types_is_validated_and_scored(tmp_path, monkeypatch):
+    monkeypatch.setitem(SPECS, "hovernet-fast", shrunk("hovernet-fast"))
+    folder = write_set(tmp_path / "plain", side=128, typed=False)
+    best = train(config(folder, model="hovernet-fast", best_by="bPQ", mpp=0.25), tmp_path / "run")
+    assert load_model(best)[1].class_names == ("background",)
+    for protocol in ("pannuke", "segment"):
+        made = assess(load_model(best), PatchSet.open(folder), "test", protocol, device="cpu")
+        assert 0 <= made.scores["published"]["bPQ"] <= 1
+
+    batch = {"nuclei": torch.zeros(1, 24, 24, dtype=torch.long), "offsets": torch.zeros(1, 2, 24, 24)}
+    batch["nuclei"][:, 4:16, 4:16] = 1
+    batch["offsets"][:, 0, 4:16, 4:16] = torch.linspace(-1, 1, 12)
+    batch["offsets"][:, 1, 4:16, 4:16] = torch.linspace(-1, 1, 12)[:, None]
+    output = {"nuclei": 40.0 * functional.one_hot(batch["nuclei"], 2).movedim(-1, 1), "offsets": batch["offsets"]}
+    (found,) = nuclei_of(output, replace(shrunk("hovernet-fast"), class_names=("background",)))
+    assert found.types.tolist() == [0]
+
+
 def test_a_network_learns_from_crops_of_any_side_that_it_takes(apart, tmp_path, monkeypatch):
     monkeypatch.setitem(SPECS, "hovernet-original", shrunk("hovernet-original"))
     given = {"model": "hovernet-original", "mpp": 0.25, "steps": 1, "batch_size": 1}

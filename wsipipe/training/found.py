@@ -26,7 +26,7 @@ def nuclei_of(output: dict[str, Tensor], spec: ModelSpec, mpp: float | None = No
 def _of_maps(output: dict[str, Tensor], mpp: float) -> list[TypedNuclei]:
     nuclei = output["nuclei"].float().argmax(1).cpu().numpy()
     offsets = output["offsets"].float().cpu().numpy()
-    types = output["types"].float().argmax(1).cpu().numpy()
+    types = output["types"].float().argmax(1).cpu().numpy() if "types" in output else np.zeros_like(nuclei)
     found = []
     for mask, hv, type_map in zip(nuclei, offsets, types, strict=True):
         instances = label_tile(mask > 0, np.ascontiguousarray(hv, np.float32), mpp)

@@ -96,7 +96,8 @@ def _output(network: nn.Module, spec: ModelSpec, image: Tensor) -> dict[str, Ten
     output: dict[str, Tensor] = network.eval()(image.contiguous(memory_format=torch.channels_last))
     if spec.answer == "maps":
         output = {name: maps[..., :height, :width] if maps.ndim == 4 else maps for name, maps in output.items()}
-        if not {"nuclei", "offsets", "types"} <= output.keys() or output["nuclei"].shape[2:] != (height, width):
+        needed = {"nuclei", "offsets", "types"} if len(spec.class_names) > 1 else {"nuclei", "offsets"}
+        if not needed <= output.keys() or output["nuclei"].shape[2:] != (height, width):
             raise ConfigError("this network does not answer with maps of its whole input; use --protocol segment")
     return output
 
