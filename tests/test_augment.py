@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from wsipipe.errors import ConfigError
 from wsipipe.training.augment import RECIPES, Recipe, load_recipe, plain_recipe
-from wsipipe.training.colour import Blur, BoxBlur, Coarsen, Hue, Jpeg, Noise, Stain, Superpixels, Tone, ZoomBlur
+from wsipipe.training.colour import Blur, BoxBlur, Coarsen, Hue, Jitter, Jpeg, Noise, Stain, Superpixels, Tone, ZoomBlur
 from wsipipe.training.spatial import Geometry, SourceField, draw_field
 
 STEPS = [
     Stain(),
     Tone(),
     Hue(),
+    Jitter(),
     Blur(),
     BoxBlur(),
     Noise(),
@@ -162,7 +163,13 @@ def test_scaled_dyes_move_every_channel_of_a_nucleus():
 
 
 @pytest.mark.parametrize(
-    "step", [Stain(scale=0, shift=0), Tone(brightness=0, contrast=0, gamma=0, balance=0), Hue(degrees=0, saturation=0)]
+    "step",
+    [
+        Stain(scale=0, shift=0),
+        Tone(brightness=0, contrast=0, gamma=0, balance=0),
+        Hue(degrees=0, saturation=0),
+        Jitter(brightness=0, contrast=0, saturation=0, degrees=0),
+    ],
 )
 def test_a_colour_step_of_no_strength_gives_the_image_back(step, stained):
     changed = step.apply(stained, np.random.default_rng(0))
@@ -209,19 +216,23 @@ def repr_as_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(plain(asdict(recipe)))
 
 
-def test_the_published_recipe_has_the_published_effects():
+def test_the_published_recipe_has_the_published_effects(stained):
     """Shares and strengths as read back from albumentations 1.3.0 with the settings of the published runs."""
     recipe = RECIPES["published"]
     steps = {step.kind: step for step in recipe.colour}
     assert {kind: step.p for kind, step in steps.items()} == {
-        "box_blur": 0.2, "noise": 0.5, "tone": 0.2, "hue": 0.2, "superpixels": 0.1, "zoom_blur": 0.1,
+        "box_blur": 0.2, "noise": 0.5, "jitter": 0.2, "superpixels": 0.1, "zoom_blur": 0.1,
     }  # fmt: skip
     assert steps["box_blur"].sides_px == (3, 5, 7, 9)
     assert steps["noise"].variance == (0, 10)
-    assert (steps["tone"].brightness, steps["tone"].contrast) == (0.25, 0.25)
-    assert (steps["hue"].degrees, steps["hue"].saturation) == (360 * 0.05, 0.1)
+    assert (steps["jitter"].brightness, steps["jitter"].contrast) == (0.25, 0.25)
+    assert (steps["jitter"].degrees, steps["jitter"].saturation) == (360 * 0.05, 0.1)
     assert (steps["superpixels"].share, steps["superpixels"].segments, steps["superpixels"].max_px) == (0.1, 200, 128)
     assert (steps["zoom_blur"].factor, steps["zoom_blur"].step) == ((1.0, 1.05), (0.01, 0.03))
+
+    colours = Recipe(recipe.geometry, (steps["jitter"],))
+    drawn = [colours.recolour(stained, np.random.default_rng(seed)) is not stained for seed in range(1000)]
+    assert np.mean(drawn) == pytest.approx(0.2, abs=0.03)
 
     fields = [draw_field(recipe.geometry, (16, 16), 0.25, 16, np.random.default_rng(seed)) for seed in range(2000)]
     x, y = np.meshgrid(np.arange(16), np.arange(16))

@@ -16,6 +16,7 @@ from wsipipe.training.colour import (
     BoxBlur,
     Coarsen,
     Hue,
+    Jitter,
     Jpeg,
     Noise,
     Stain,
@@ -88,8 +89,7 @@ RECIPES: dict[str, Recipe] = {
         (
             BoxBlur(p=0.2),
             Noise(p=0.5, variance=(0.0, 10.0)),
-            Tone(p=0.2, brightness=0.25, contrast=0.25, gamma=0, balance=0),
-            Hue(p=0.2, degrees=18, saturation=0.1),
+            Jitter(p=0.2, brightness=0.25, contrast=0.25, saturation=0.1, degrees=18),
             Superpixels(p=0.1),
             ZoomBlur(p=0.1),
         ),

@@ -89,6 +89,23 @@ class Hue:
 
 
 @dataclass(frozen=True)
+class Jitter:
+    """Tone and hue of one draw: brightness, contrast, `saturation` and hue (by up to `degrees`), uniformly +-."""
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["jitter"] = "jitter"
+    p: float = 1.0
+    brightness: float = 0.25
+    contrast: float = 0.25
+    saturation: float = 0.1
+    degrees: float = 18.0
+
+    def apply(self, image: Array, rng: Rng) -> Array:
+        toned = Tone(brightness=self.brightness, contrast=self.contrast, gamma=0, balance=0).apply(image, rng)
+        return Hue(degrees=self.degrees, saturation=self.saturation).apply(toned, rng)
+
+
+@dataclass(frozen=True)
 class Blur:
     """Out of focus: a Gaussian of `sigma_px`, or as often a disc of twice that radius (defocus)."""
 
@@ -211,7 +228,8 @@ class ZoomBlur:
 
 
 Step = Annotated[
-    Stain | Tone | Hue | Blur | BoxBlur | Noise | Jpeg | Coarsen | Superpixels | ZoomBlur, Field(discriminator="kind")
+    Stain | Tone | Hue | Jitter | Blur | BoxBlur | Noise | Jpeg | Coarsen | Superpixels | ZoomBlur,
+    Field(discriminator="kind"),
 ]
 
 
