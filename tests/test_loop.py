@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from accelerate.state import AcceleratorState
 from made_patches import CLASSES, write_set
 from safetensors import safe_open
 from safetensors.torch import save_file
+from shrunk_models import shrunk
 from torch.utils.data import default_collate
 
 from wsipipe.config import Config
@@ -290,6 +292,16 @@ def test_as_many_parameters_learn_as_in_the_published_run():
     freeze(network, "adapter")
     assert sum(p.numel() for p in network.parameters()) == 387_769_437
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 84_420_701
+
+
+@pytest.mark.parametrize("model", ["cellvta-uni", "cellvit-uni"])
+def test_the_head_for_tissues_learns_with_the_decoder(model):
+    spec = shrunk(model)
+    network = build(replace(spec, settings={**spec.settings, "tissue_classes": 2}))
+    freeze(network, "decoder")
+    learning = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    others = {name for name in learning if not name.startswith("decoder.")}
+    assert others == {"encoder.tissue_head.weight", "encoder.tissue_head.bias"} < learning
 
 
 def test_accumulated_batches_are_as_good_as_large_ones(discs, tmp_path):

@@ -123,19 +123,18 @@ def _weights(path: Path) -> Mapping[str, Any]:
 
 
 def freeze(network: nn.Module, trains: str) -> None:
-    """Leave to learn all, all but the ViT's own weights ("adapter"), or the decoder.
+    """Leave to learn all, all but the ViT's own weights ("adapter"), or the decoder and the head for tissues.
 
-    The ViT's last norm leads to the head for tissues and nowhere else: it learns with the adapter.
+    The ViT's last norm leads to that head and nowhere else: it learns with the adapter.
     """
     if trains == "all":
         return
-    frozen = "encoder." if trains == "decoder" else "encoder.vit."
+    frozen, but = ("encoder.", "encoder.tissue_head.") if trains == "decoder" else ("encoder.vit.", "encoder.vit.norm.")
     names = [name for name, _ in network.named_parameters() if name.startswith(frozen)]
     if not names:
         raise ConfigError(f"this network has no {frozen.rstrip('.')} to freeze; set trains: all")
     for name, parameter in network.named_parameters():
-        last_norm = trains == "adapter" and name.startswith("encoder.vit.norm.")
-        parameter.requires_grad = not name.startswith(frozen) or last_norm
+        parameter.requires_grad = not name.startswith(frozen) or name.startswith(but)
 
 
 def parameter_groups(network: nn.Module, weight_decay: float, decays: str) -> list[dict[str, Any]]:
