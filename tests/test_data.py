@@ -196,6 +196,14 @@ def test_fixed_crops_are_at_the_resolution_asked_for(tmp_path):
     assert crops[0]["nuclei"].sum().item() == pytest.approx(whole / 4, rel=0.1)
 
 
+@pytest.mark.parametrize(("mpp", "of_set", "crop_px", "count"), [
+    (0.173, 0.173, 96, 1), (0.25, 0.2525, 96, 1), (0.173, 0.173, 48, 4), (0.25, 0.2525, 48, 4), (0.25, 0.26, 48, 9),
+])  # fmt: skip
+def test_fixed_crops_at_nearly_the_resolution_of_a_set_show_nothing_twice(mpp, of_set, crop_px, count, tmp_path):
+    crops = FixedCrops(PatchSet.open(write_set(tmp_path / "a", mpp=of_set)), mpp=mpp, crop_px=crop_px)
+    assert len(crops) == count
+
+
 # --- from folders of images -------------------------------------------------------------------------------------------
 
 

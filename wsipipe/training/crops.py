@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from wsipipe.errors import DataError
+from wsipipe.geometry import MPP_TOLERANCE
 from wsipipe.training.augment import Recipe
 from wsipipe.training.crop_targets import CropTargets, MapTargets
 from wsipipe.training.data import UNKNOWN_TYPE, PatchSet, Split, same_classes
@@ -155,7 +156,8 @@ def _summed(weights: Array) -> Array:
 class FixedCrops(Dataset[Item]):
     """Crops side by side over every image of a split at one resolution, without augmentation.
 
-    As many as it takes to cover the image; where they do not fit exactly, they overlap alike.
+    As many as it takes to cover the image, but for 2 % of a crop each; where they do not fit exactly, they overlap
+    alike.
     """
 
     patches: PatchSet
@@ -171,9 +173,14 @@ class FixedCrops(Dataset[Item]):
         """(image, x, y, side of what is seen), all in pixels of the set."""
         height, width = self.patches.images.shape[1:3]
         seen = min(self.crop_px * self.mpp / self.patches.mpp, height, width)
-        # Whole pixels, so that a set at `mpp` is shown as it is.
-        starts = [np.floor(np.linspace(0, side - seen, int(np.ceil(side / seen)))) for side in (height, width)]
-        return [(int(i), x, y, seen) for i in self.patches.of(self.split) for y in starts[0] for x in starts[1]]
+
+        def starts(side: int) -> Array:
+            """Whole pixels, so that a set at `mpp` is shown as it is; at nearly that, as many crops."""
+            count = int(np.ceil(side / (seen * (1 + MPP_TOLERANCE))))
+            return np.floor(np.linspace(0, side - seen, count))
+
+        places = [(x, y) for y in starts(height) for x in starts(width)]
+        return [(int(i), x, y, seen) for i in self.patches.of(self.split) for x, y in places]
 
     def __len__(self) -> int:
         return len(self._places)
