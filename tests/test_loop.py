@@ -21,6 +21,7 @@ from made_patches import CLASSES, write_set
 from safetensors import safe_open
 from safetensors.torch import save_file
 from shrunk_models import shrunk
+from torch import nn
 from torch.utils.data import default_collate
 
 from wsipipe.config import Config
@@ -123,6 +124,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(discs, tmp_path, monkey
     train(config(discs), tmp_path / "cut")
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+@pytest.mark.parametrize(("device", "fixed"), [("cuda:0", True), ("cpu", False)])
+def test_cudnn_does_the_same_in_the_same_way_where_a_run_is_on_cuda(device, fixed, discs, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(loop, "choose_precision", lambda *_: "fp32")
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)  # no CUDA is needed to see it
+    settings, spec = config(discs), SPECS["cellvta-nano"]
+    loop.Learner(settings, spec, objective_of(spec, settings), torch.device(device))
+    assert torch.backends.cudnn.deterministic is fixed
 
 
 def test_a_folder_with_another_run_is_refused_but_a_run_may_be_longer(discs, tmp_path):
