@@ -1,6 +1,8 @@
 """Geometry that moves image and masks alike; colour that changes the image and nothing else."""
 
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from wsipipe.errors import ConfigError
 from wsipipe.training.augment import RECIPES, Recipe, load_recipe, plain_recipe
 from wsipipe.training.colour import Blur, BoxBlur, Coarsen, Hue, Jitter, Jpeg, Noise, Stain, Superpixels, Tone, ZoomBlur
+from wsipipe.training.config import load_experiment
 from wsipipe.training.spatial import Geometry, SourceField, draw_field
 
 STEPS = [
@@ -261,3 +264,38 @@ def test_every_fault_of_a_recipe_is_named():
                 "colour": [{"kind": "stain", "strength": 2}],
             }
         )
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ({"geometry": {"flip_p": 50}}, "geometry.flip_p: input should be less than or equal to 1"),
+        ({"geometry": {"zoom": [0, 0]}}, "geometry.zoom: must be two numbers from 0.001 on, the lower first"),
+        ({"geometry": {"near_mpp": [0.3, 0.2]}}, "geometry.near_mpp: must be two numbers"),
+        ({"geometry": {"wave_px": -1}}, "geometry.wave_px: input should be greater than or equal to 0"),
+        ({"kind": "stain", "scale": float("inf")}, "colour.0.stain.scale: input should be a finite number"),
+        ({"kind": "tone", "p": -0.1}, "colour.0.tone.p: input should be greater than or equal to 0"),
+        ({"kind": "blur", "sigma_px": [0, 1]}, "colour.0.blur.sigma_px: must be two numbers"),
+        ({"kind": "box_blur", "sides_px": []}, "colour.0.box_blur.sides_px: must be one or more odd numbers"),
+        ({"kind": "box_blur", "sides_px": [3, 4]}, "colour.0.box_blur.sides_px: must be one or more odd numbers"),
+        ({"kind": "noise", "variance": [-1, 4]}, "colour.0.noise.variance: must be two numbers"),
+        ({"kind": "jpeg", "quality": [92, 35]}, "colour.0.jpeg.quality: must be two numbers from 1 on"),
+        ({"kind": "jpeg", "quality": [92, 135]}, "colour.0.jpeg.quality.1: input should be less than or equal to 100"),
+        ({"kind": "coarsen", "factor": [float("nan"), 2]}, "colour.0.coarsen.factor: must be two numbers"),
+        ({"kind": "superpixels", "segments": 0}, "colour.0.superpixels.segments: input should be greater"),
+        ({"kind": "zoom_blur", "step": [0, 0]}, "colour.0.zoom_blur.step: must be two numbers"),
+    ],
+)
+def test_numbers_that_no_recipe_can_have_are_refused_by_name(value, fault):
+    written = value if "geometry" in value else {"geometry": {}, "colour": [value]}
+    with pytest.raises(ConfigError, match=re.escape(fault)):
+        load_recipe(written)
+
+
+def test_an_image_is_never_reduced_to_nothing(stained):
+    assert Coarsen(factor=(1e4, 1e4)).apply(stained, np.random.default_rng(0)).shape == stained.shape
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs/experiments/default").glob("*.yaml")))
+def test_the_recipes_of_the_shipped_models_can_be_read(path):
+    assert load_recipe(load_experiment(path).recipe).colour

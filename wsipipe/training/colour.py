@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field
 
-Range = tuple[float, float]
+from wsipipe.training.bounds import Chance, Count, Factors, OddSides, PositiveRange, Quality, Range, Strength
+
 Rng = np.random.Generator
 Array = npt.NDArray[Any]
 _STRICT = ConfigDict(extra="forbid")
@@ -31,9 +32,9 @@ class Stain:
 
     __pydantic_config__ = _STRICT
     kind: Literal["stain"] = "stain"
-    p: float = 1.0
-    scale: float = 0.2
-    shift: float = 0.03
+    p: Chance = 1.0
+    scale: Strength = 0.2
+    shift: Strength = 0.03
 
     def apply(self, image: Array, rng: Rng) -> Array:
         mix, unmix = _stain_matrices()
@@ -52,11 +53,11 @@ class Tone:
 
     __pydantic_config__ = _STRICT
     kind: Literal["tone"] = "tone"
-    p: float = 1.0
-    brightness: float = 0.15
-    contrast: float = 0.2
-    gamma: float = 0.2
-    balance: float = 0.05
+    p: Chance = 1.0
+    brightness: Strength = 0.15
+    contrast: Strength = 0.2
+    gamma: Strength = 0.2
+    balance: Strength = 0.05
 
     def apply(self, image: Array, rng: Rng) -> Array:
         brightness, contrast = 1 + rng.uniform(-1, 1, 2) * (self.brightness, self.contrast)
@@ -75,9 +76,9 @@ class Hue:
 
     __pydantic_config__ = _STRICT
     kind: Literal["hue"] = "hue"
-    p: float = 1.0
-    degrees: float = 12.0
-    saturation: float = 0.25
+    p: Chance = 1.0
+    degrees: Strength = 12.0
+    saturation: Strength = 0.25
 
     def apply(self, image: Array, rng: Rng) -> Array:
         angle = np.deg2rad(rng.uniform(-self.degrees, self.degrees))
@@ -94,11 +95,11 @@ class Jitter:
 
     __pydantic_config__ = _STRICT
     kind: Literal["jitter"] = "jitter"
-    p: float = 1.0
-    brightness: float = 0.25
-    contrast: float = 0.25
-    saturation: float = 0.1
-    degrees: float = 18.0
+    p: Chance = 1.0
+    brightness: Strength = 0.25
+    contrast: Strength = 0.25
+    saturation: Strength = 0.1
+    degrees: Strength = 18.0
 
     def apply(self, image: Array, rng: Rng) -> Array:
         toned = Tone(brightness=self.brightness, contrast=self.contrast, gamma=0, balance=0).apply(image, rng)
@@ -111,8 +112,8 @@ class Blur:
 
     __pydantic_config__ = _STRICT
     kind: Literal["blur"] = "blur"
-    p: float = 1.0
-    sigma_px: Range = (0.4, 1.8)
+    p: Chance = 1.0
+    sigma_px: PositiveRange = (0.4, 1.8)
 
     def apply(self, image: Array, rng: Rng) -> Array:
         sigma, disc = rng.uniform(*self.sigma_px), rng.random() < 0.5
@@ -125,8 +126,8 @@ class BoxBlur:
 
     __pydantic_config__ = _STRICT
     kind: Literal["box_blur"] = "box_blur"
-    p: float = 1.0
-    sides_px: tuple[int, ...] = (3, 5, 7, 9)
+    p: Chance = 1.0
+    sides_px: OddSides = (3, 5, 7, 9)
 
     def apply(self, image: Array, rng: Rng) -> Array:
         side = int(rng.choice(self.sides_px))
@@ -139,7 +140,7 @@ class Noise:
 
     __pydantic_config__ = _STRICT
     kind: Literal["noise"] = "noise"
-    p: float = 1.0
+    p: Chance = 1.0
     variance: Range = (4.0, 80.0)
 
     def apply(self, image: Array, rng: Rng) -> Array:
@@ -154,8 +155,8 @@ class Jpeg:
 
     __pydantic_config__ = _STRICT
     kind: Literal["jpeg"] = "jpeg"
-    p: float = 1.0
-    quality: tuple[int, int] = (35, 92)
+    p: Chance = 1.0
+    quality: Quality = (35, 92)
 
     def apply(self, image: Array, rng: Rng) -> Array:
         quality = int(rng.integers(self.quality[0], self.quality[1], endpoint=True))
@@ -169,13 +170,14 @@ class Coarsen:
 
     __pydantic_config__ = _STRICT
     kind: Literal["coarsen"] = "coarsen"
-    p: float = 1.0
-    factor: Range = (1.3, 2.2)
+    p: Chance = 1.0
+    factor: Factors = (1.3, 2.2)
 
     def apply(self, image: Array, rng: Rng) -> Array:
         height, width = image.shape[:2]
         factor = rng.uniform(*self.factor)
-        small = cv2.resize(image, (round(width / factor), round(height / factor)), interpolation=cv2.INTER_AREA)
+        size = max(1, round(width / factor)), max(1, round(height / factor))
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
@@ -185,10 +187,10 @@ class Superpixels:
 
     __pydantic_config__ = _STRICT
     kind: Literal["superpixels"] = "superpixels"
-    p: float = 1.0
-    share: float = 0.1
-    segments: int = 200
-    max_px: int = 128
+    p: Chance = 1.0
+    share: Chance = 0.1
+    segments: Count = 200
+    max_px: Count = 128
 
     def apply(self, image: Array, rng: Rng) -> Array:
         from skimage.segmentation import slic
@@ -210,9 +212,9 @@ class ZoomBlur:
 
     __pydantic_config__ = _STRICT
     kind: Literal["zoom_blur"] = "zoom_blur"
-    p: float = 1.0
-    factor: Range = (1.0, 1.05)
-    step: Range = (0.01, 0.03)
+    p: Chance = 1.0
+    factor: Factors = (1.0, 1.05)
+    step: PositiveRange = (0.01, 0.03)
 
     def apply(self, image: Array, rng: Rng) -> Array:
         height, width = image.shape[:2]

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict
 
-Range = tuple[float, float]
+from wsipipe.training.bounds import Chance, PositiveRange, Strength
+
 Rng = np.random.Generator
 Array = npt.NDArray[Any]
 
@@ -40,19 +41,19 @@ class Geometry:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    near_mpp: Range | None = None
-    far_mpp: Range | None = None
-    far_p: float = 0.0
-    quarter_turn_p: float = 1.0
-    flip_p: float = 0.5
-    rotate_p: float = 0.0
-    rotate_degrees: float = 0.0
-    zoom_p: float = 0.0
-    zoom: Range = (1.0, 1.0)
-    corner_p: float = 0.0
-    corner_px: float = 0.0
-    wave_p: float = 0.0
-    wave_px: float = 0.0
+    near_mpp: PositiveRange | None = None
+    far_mpp: PositiveRange | None = None
+    far_p: Chance = 0.0
+    quarter_turn_p: Chance = 1.0
+    flip_p: Chance = 0.5
+    rotate_p: Chance = 0.0
+    rotate_degrees: Strength = 0.0
+    zoom_p: Chance = 0.0
+    zoom: PositiveRange = (1.0, 1.0)
+    corner_p: Chance = 0.0
+    corner_px: Strength = 0.0
+    wave_p: Chance = 0.0
+    wave_px: Strength = 0.0
 
 
 @dataclass(frozen=True)
@@ -152,5 +153,5 @@ def _move_corners(x: Array, y: Array, by_px: float, rng: Rng) -> tuple[Array, Ar
     return a * x + b * y + e, c * x + d * y + f
 
 
-def _log_uniform(span: Range, rng: Rng) -> float:
+def _log_uniform(span: tuple[float, float], rng: Rng) -> float:
     return float(np.exp(rng.uniform(*np.log(span))))
