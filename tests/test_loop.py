@@ -28,6 +28,7 @@ from wsipipe.config import Config
 from wsipipe.errors import ConfigError, ModelError, StoreError
 from wsipipe.lock import Lock
 from wsipipe.model.registry import CONSEP_CLASSES, SPECS, build
+from wsipipe.model.spec import ModelSpec
 from wsipipe.model.weights import load_model, read_spec
 from wsipipe.training import loop
 from wsipipe.training.batches import Share, training_batches, training_crops
@@ -203,6 +204,17 @@ def test_unknown_models_and_settings_are_refused(discs, tmp_path):
         train(config(discs, losses={"fancy": 1.0}), tmp_path / "run")
 
 
+def test_another_mode_of_hovernet_is_another_model(discs):
+    def spec(model: str, mode: str) -> ModelSpec:
+        return spec_of(config(discs, model=model, crop_px=270, settings={"mode": mode}), None)
+
+    with pytest.raises(ConfigError, match="hovernet-fast has no mode 'original'; set model: hovernet-original"):
+        spec("hovernet-fast", "original")
+    with pytest.raises(ConfigError, match="hovernet-original has no mode 'slow'; leave it out"):
+        spec("hovernet-original", "slow")
+    assert spec("hovernet-original", "original").margin_px == 95
+
+
 def test_crops_that_the_network_does_not_take_are_refused_before_anything_is_made(discs, tmp_path):
     with pytest.raises(ConfigError, match="crop_px: cellvta-nano takes sides of a multiple of 32 px, not 48"):
         train(config(discs, crop_px=48), tmp_path / "run")
@@ -288,6 +300,16 @@ def test_numbers_that_cannot_train_are_refused(discs, changes):
     data = {discs: changes.pop("weight", 1.0)}
     with pytest.raises(ValueError, match=r"finite|must not be negative"):
         TrainConfig(data=data, steps=1, **changes)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 10**30])
+def test_seeds_that_a_generator_does_not_take_are_refused(discs, seed):
+    with pytest.raises(ValueError, match="seed"):
+        config(discs, seed=seed)
+
+
+def test_the_largest_seed_trains(discs, tmp_path):
+    assert train(config(discs, seed=2**31 - 1, steps=1), tmp_path).exists()
 
 
 def test_steps_or_epochs_but_not_both(discs):

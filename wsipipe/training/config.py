@@ -101,7 +101,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     )
     log_every: int = Field(10, gt=0)
     tensorboard: bool = True
-    seed: int = Field(19, ge=0)
+    seed: int = Field(19, ge=0, lt=2**31)
     workers: int = Field(1, ge=0)
     device: str = "auto"
     precision: str = "auto"

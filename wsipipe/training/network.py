@@ -35,7 +35,7 @@ def spec_of(config: TrainConfig, classes: tuple[str, ...] | None, tissues: Seque
     Raises
     ------
     ConfigError
-        If there is no such model, or it takes no crops of that side.
+        If there is no such model, it is another in that mode, or it takes no crops of that side.
     """
     if config.model not in SPECS:
         raise ConfigError(f"no model is called '{config.model}'; there are: {', '.join(SPECS)}")
@@ -43,6 +43,10 @@ def spec_of(config: TrainConfig, classes: tuple[str, ...] | None, tissues: Seque
     settings = {**spec.settings, **config.settings}
     if config.variant is not None and spec.architecture == "cellvta":
         settings = {**spec.settings, **VARIANT_SETTINGS[config.variant], **config.settings}
+    if spec.architecture == "hovernet" and settings["mode"] != spec.settings["mode"]:  # what it is shown differs too
+        modes = {of.settings["mode"]: name for name, of in SPECS.items() if of.architecture == spec.architecture}
+        remedy = f"set model: {modes[settings['mode']]}" if settings["mode"] in modes else "leave it out"
+        raise ConfigError(f"settings: {config.model} has no mode {settings['mode']!r}; {remedy}")
     if settings.get("tissue_classes"):
         settings["tissue_classes"] = len(tissues)
     spec = replace(spec, settings=settings, mpp=config.mpp or spec.mpp)
