@@ -31,7 +31,7 @@ from wsipipe.model.registry import CONSEP_CLASSES, SPECS, build
 from wsipipe.model.spec import ModelSpec
 from wsipipe.model.weights import load_model, read_spec
 from wsipipe.training import loop
-from wsipipe.training.batches import Share, training_batches, training_crops
+from wsipipe.training.batches import Share, training_batches, training_crops, validation_batches
 from wsipipe.training.crops import MAP_TARGETS, FixedCrops
 from wsipipe.training.data import PatchSet
 from wsipipe.training.evaluate import evaluate, segment_image
@@ -422,6 +422,21 @@ def test_every_image_comes_once_an_epoch_where_they_are_shuffled(discs):
     numbers = [crops._shuffled_image(i)[1] for i in range(20)]
     assert all(sorted(numbers[i : i + 2]) == [0, 1] for i in range(0, 20, 2))
     assert len({tuple(numbers[i : i + 2]) for i in range(0, 20, 2)}) == 2
+
+
+def test_a_set_of_weight_0_validates_and_does_not_train(discs, tmp_path):
+    other = write_set(tmp_path / "other", class_names=CONSEP_CLASSES)
+    (other / "index.csv").write_text("name,group,split\n" + "".join(f"i{i},g{i},validation\n" for i in range(4)))
+    data = {discs: 1.0, other: 0.0}
+    sets = {folder: PatchSet.open(folder) for folder in data}
+    spec = SPECS["cellvta-nano"]
+    mixed = training_crops(config(discs, data=data), spec, sets, (), MAP_TARGETS)
+    alone = training_crops(config(discs), spec, sets, (), MAP_TARGETS)
+    assert mixed.images == alone.images == 2
+    assert all(torch.equal(mixed[i]["image"], alone[i]["image"]) for i in range(8))
+    settings = config(discs, data=data, crop_px=96)
+    assert len(validation_batches(settings, spec, sets, (), MAP_TARGETS).dataset) == 5
+    assert train(config(discs, data=data, steps=None, epochs=1), tmp_path / "run").exists()
 
 
 def test_training_starts_from_the_weights_of_a_vit(discs, tmp_path):

@@ -34,7 +34,7 @@ def open_sets(config: TrainConfig) -> dict[Path, PatchSet]:
 def training_crops(
     config: TrainConfig, spec: ModelSpec, sets: Sets, tissues: Sequence[str], targets: CropTargets
 ) -> MixedCrops:
-    """Crops without end, drawn from the images that train.
+    """Crops without end, drawn from the images that train; a set of weight 0 is for validation alone.
 
     Raises
     ------
@@ -50,6 +50,7 @@ def training_crops(
     sources = [
         Source(sets[folder], weight, image_weights(sets[folder], config.sampling, config.gamma))
         for folder, weight in config.data.items()
+        if weight or config.sampling == "shuffled"
     ]
     return MixedCrops(
         sources,
