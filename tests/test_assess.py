@@ -18,7 +18,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from wsipipe.cli import app
-from wsipipe.errors import ConfigError, DataError
+from wsipipe.errors import ConfigError, DataError, StoreError
 from wsipipe.model.registry import PANNUKE_CLASSES, SPECS
 from wsipipe.model.weights import load_model, save_checkpoint
 from wsipipe.training.assess import assess
@@ -143,6 +143,15 @@ def test_evaluate_is_a_command(apart, oracle, tmp_path):
     assert result.exit_code == 0, result.output
     assert "segment, strict: mPQ" in result.output
     assert (tmp_path / "out/scores.md").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_scored(apart, oracle, tmp_path, monkeypatch):
+    monkeypatch.setattr("wsipipe.training.assess.assess", lambda *_, **__: pytest.fail("scored"))
+    (tmp_path / "file").touch()
+    for place, reason in {"file": "file exists", "file/within": "not a directory"}.items():
+        result = CliRunner().invoke(app, ["evaluate", str(oracle), str(apart), "-o", str(tmp_path / place)])
+        assert isinstance(result.exception, StoreError)
+        assert f"{reason}; choose another folder with --out" in str(result.exception)
 
 
 def test_scores_of_a_fold_say_which(apart, oracle, tmp_path):

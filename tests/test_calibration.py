@@ -5,9 +5,12 @@ import pytest
 import torch
 from made_patches import write_set
 from shrunk_models import shrunk
+from typer.testing import CliRunner
 
+from wsipipe.cli import app
 from wsipipe.errors import DataError, ModelError
 from wsipipe.model.registry import build
+from wsipipe.model.weights import shipped_models
 from wsipipe.training import calibration
 from wsipipe.training.data import PatchSet
 from wsipipe.training.scores import ImageScores, TypedNuclei, calibration_of, certain_pairs, score_image, summarise
@@ -98,6 +101,13 @@ def test_the_images_that_validated_are_those_of_the_run(tmp_path, monkeypatch):
     model = (build(shrunk("cellvta-nano")), shrunk("cellvta-nano"), "")
     calibration.calibrate(model, [PatchSet.open(folder)], notes=notes)
     assert set(seen) == {3}
+
+
+def test_a_folder_is_no_place_for_a_calibrated_checkpoint(tmp_path):
+    data = write_set(tmp_path / "discs")
+    given = ["calibrate", str(shipped_models()["cellvta-nano"]), str(data), "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, given)
+    assert (result.exit_code, "is a directory" in result.output) == (2, True), result.output
 
 
 def test_without_typed_validation_images_there_is_nothing_to_fit(tmp_path):

@@ -199,6 +199,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
 ) -> None:
     """Score a model on a patch set: PQ, AJI, Dice and F1 by type and tissue, counted as published and strictly."""
+    from wsipipe.folder import ResultFolder
     from wsipipe.model.weights import find_checkpoint, load_model, read_notes
     from wsipipe.training.assess import assess
     from wsipipe.training.data import SPLITS, PatchSet
@@ -209,6 +210,7 @@ def evaluate(
         raise DataError(f"there is no split '{split}'; there are: {', '.join(SPLITS)}")
     loaded, way = load_model(model), protocol.value
     notes = read_notes(find_checkpoint(model))
+    ResultFolder(out).prepare()
     made = assess(
         loaded,
         opened,
@@ -236,7 +238,7 @@ def calibrate(
     data: Annotated[
         list[Path], typer.Argument(exists=True, file_okay=False, help="folders of patch sets whose images validate")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the calibrated checkpoint")],
+    out: Annotated[Path, typer.Option("--out", "-o", dir_okay=False, help="the calibrated checkpoint")],
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps")] = "auto",
 ) -> None:
     """Make the certainties of a model's types mean what they say, by one temperature found on validation images."""
