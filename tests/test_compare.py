@@ -241,7 +241,7 @@ def test_an_outline_that_crosses_itself_keeps_all_its_area(tmp_path: Path) -> No
 def test_of_the_objects_of_qupath_the_nuclei_are_read_with_their_classes(tmp_path: Path) -> None:
     classes: list[Any] = [
         {"name": "Tumor"}, {"names": ["Tumor", "Positive"]}, {"name": None}, {}, None, "Stroma", {"name": "Region*"},
-        {"name": "region"}, {"name": "Regional"},
+        {"name": "region"}, {"name": "Regional"}, {"name": "Ignore*"},
     ]  # fmt: skip
     objects = [{"geometry": ring(20 * i), "properties": {"classification": kind}} for i, kind in enumerate(classes)]
     cell = {"geometry": ring(300, 30), "nucleusGeometry": ring(310), "properties": {"objectType": "cell"}}

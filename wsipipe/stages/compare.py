@@ -22,7 +22,7 @@ from wsipipe.comparison import OutlinedNuclei, Scores, compare, to_table
 from wsipipe.errors import ConfigError, DataError, StoreError, WsipipeError, one_line
 from wsipipe.folder import record_of, write_record
 from wsipipe.mask_table import read_mask_table
-from wsipipe.objects import class_of, is_region, outline_of
+from wsipipe.objects import class_of, is_ignored, is_region, outline_of
 from wsipipe.outlines import trace_outlines
 from wsipipe.rings import closed_rings
 from wsipipe.roi import areal
@@ -185,7 +185,7 @@ def _read_geojson(path: Path) -> NucleiFile:
         else path.open(encoding="utf-8-sig") as file
     ):
         for feature in read_features(file, told):
-            if not is_region(name := class_of(feature)):
+            if not is_region(name := class_of(feature)) and not is_ignored(name):
                 outlines.append(outline_of(feature))
                 types.append(name)
     ours = told.get("wsipipe") or {}
