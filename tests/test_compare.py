@@ -280,6 +280,8 @@ def test_the_types_of_a_mask_may_hold_blanks_commas_and_quotes(tmp_path: Path) -
         ("id,type\n1\n", "line 2"),
         ("id,type\n1,round\none,round\n", "line 3"),
         ("id,type\n1,round\n1,long\n", r"the ids \[1\] repeat"),
+        ('id,type\n1,"round\n2,long\n', "must be a table of id and type"),
+        ('id,type\n1,"round\n2,long"\n', "type goes over two lines; is a quotation mark left open"),
     ],
 )
 def test_a_table_of_types_that_cannot_be_read_is_named(tmp_path: Path, types: str, why: str) -> None:

@@ -171,3 +171,19 @@ def test_locks_of_several_outputs_are_all_given_back_where_one_is_held(tiny, tmp
         with folder.claimed(slide, folder.tissue, folder.nuclei):
             pass
     assert [file.name for file in tmp_path.iterdir()] == ["slide.json"]
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="is no name in UTF-8; choose another folder with --out"):
+        ResultFolder(tmp_path / "r\udce9s").prepare()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_one_is_in_can_be_locked(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    lock = Lock(Path())
+    assert (tmp_path / "here.lock").exists()
+    with pytest.raises(StoreError, match="in use"):
+        Lock(tmp_path / "here")
+    lock.release()
