@@ -207,6 +207,51 @@ def test_any_geoparquet_of_outlines_will_do(tmp_path: Path) -> None:
     assert list(scores) == ["all"]
 
 
+def test_geojson_that_qupath_wrote_counts_from_the_corner_of_the_bounds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "wsipipe")
+    path = table(tmp_path, "nuclei", bounds=Box(50, 60, 40_000, 30_000))
+    ours, uncropped = (tmp_path / name for name in ("ours.geojson", "uncropped.geojson"))
+    write_geojson(path, ours)
+    write_geojson(path, uncropped, offset=(0, 0))
+    for file in (ours, uncropped):
+        theirs = {key: value for key, value in json.loads(file.read_text()).items() if key != "wsipipe"}
+        file.with_stem(f"q-{file.stem}").write_text(json.dumps(theirs))
+    for true, found, options in (
+        (path, tmp_path / "q-ours.geojson", {}),
+        (tmp_path / "q-ours.geojson", ours, {}),
+        (path, tmp_path / "q-uncropped.geojson", {"crop_to_bounds": False}),
+        (tmp_path / "q-ours.geojson", tmp_path / "q-ours.geojson", {"mpp": 0.25}),
+    ):
+        assert make_comparison(true, found, tmp_path / "scores", **options)[0]["all"].pq > 0.99
+    assert "corner of the slide's bounds, 50, 60" in caplog.text
+
+
+def test_overlapping_outlines_share_no_more_than_they_are(tmp_path: Path) -> None:
+    twice = drawn(tmp_path / "twice.geojson", *({"geometry": ring(20 * i)} for i in (0, 1, 2, 0, 1, 2)))
+    once = drawn(tmp_path / "once.geojson", *({"geometry": ring(20 * i)} for i in (0, 1, 2)))
+    for true, found in ((once, twice), (twice, once), (twice, twice)):
+        assert make_comparison(true, found, tmp_path / "scores", mpp=0.25)[0]["all"].dice == pytest.approx(1)
+
+
+def test_a_type_called_all_and_a_file_called_features_are_read(tmp_path: Path) -> None:
+    kinds = [{"geometry": ring(20 * i), "properties": {"classification": kind}} for i, kind in enumerate(("all", "b"))]
+    features = [{"type": "Feature", **one} for one in kinds]
+    path = tmp_path / "features.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "name": "features", "features": features}))
+    scores, _ = make_comparison(path, path, tmp_path / "scores", mpp=0.25)
+    assert {name: of.true for name, of in scores.items()} == {"all": 2, "the type all": 1, "b": 1}
+
+
+def test_masks_of_two_sizes_or_of_numbers_that_were_not_kept_are_refused(tmp_path: Path) -> None:
+    for name, side in (("a.png", 8), ("b.png", 4), ("c.jpg", 8)):
+        Image.fromarray(np.zeros((side, side), np.uint8)).save(tmp_path / name)
+    for name, why in (("b.png", r"are of \(8, 8\) and \(4, 4\) px; make them alike"), ("c.jpg", "is a JPEG")):
+        with pytest.raises(DataError, match=why):
+            make_comparison(tmp_path / "a.png", tmp_path / name, tmp_path / "scores", mpp=0.25)
+
+
 def test_types_of_any_geoparquet_may_be_categories_some_of_them_missing(tmp_path: Path) -> None:
     squares = shapely.box([0, 20, 40], 0, [10, 30, 50], 10)
     frame = geopandas.GeoDataFrame({"type": pd.Categorical(["round", None, "long"])}, geometry=squares)

@@ -61,11 +61,12 @@ def compare(
     out: Annotated[Path, typer.Option("--out", "-o", help="the files to be, without ending")] = Path("comparison"),
     mpp: cli_slide.Mpp = None,
     at: Annotated[tuple[int, int], typer.Option("--at", help="x and y of a mask's corner on the slide, px")] = (0, 0),
+    no_crop: Annotated[bool, typer.Option("--no-crop", help="QuPath's GeoJSON is of its own --no-crop")] = False,
 ) -> None:
     """Score the nuclei of B against those of A: PQ, DQ, SQ, AJI, Dice and F1, of all and by type."""
     from wsipipe.stages.compare import make_comparison
 
-    _, table = make_comparison(true, found, out, mpp=mpp, at=at)
+    _, table = make_comparison(true, found, out, mpp=mpp, at=at, crop_to_bounds=not no_crop)
     typer.echo(table)
     typer.echo(f"written to {out}.md and {out}.json")
 

@@ -1,10 +1,13 @@
 """What is known of the nuclei of a mask: a CSV beside it with the column `id` and another, a row a nucleus."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from wsipipe.errors import DataError, one_line
+
+MOST_TOLD = 20  # ids in one message
 
 
 class MaskRow(NamedTuple):
@@ -36,10 +39,9 @@ def read_mask_table(path: Path, column: str) -> list[MaskRow]:
     for row in rows:
         if "\n" in (row.value or ""):
             raise DataError(f"{path}, line {row.line}: {column} goes over two lines; is a quotation mark left open?")
-    numbers = [row.number for row in rows]
-    if len(set(numbers)) < len(numbers):
-        twice = sorted({number for number in numbers if numbers.count(number) > 1})
-        raise DataError(f"{path}: the ids {twice} repeat; give each nucleus one row")
+    if twice := sorted(number for number, count in Counter(row.number for row in rows).items() if count > 1):
+        more = f" and {len(twice) - MOST_TOLD} more" if len(twice) > MOST_TOLD else ""
+        raise DataError(f"{path}: the ids {twice[:MOST_TOLD]}{more} repeat; give each nucleus one row")
     return [row._replace(value=row.value and row.value.strip()) for row in rows]
 
 

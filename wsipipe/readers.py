@@ -218,7 +218,7 @@ class Picture:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            with _pillow_limit(None), Image.open(path, formats=("PNG", "JPEG")) as image:
+            with pillow_limit(None), Image.open(path, formats=("PNG", "JPEG")) as image:
                 width, height = image.size
                 if width * height > PICTURE_MAX_PX:
                     raise SlideError(
@@ -312,7 +312,7 @@ _pillow_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _pillow_limit(pixels: int | None) -> Any:
+def pillow_limit(pixels: int | None) -> Any:
     """Pillow's guard against huge pictures is a global that also warns of honest slides; ours is `PICTURE_MAX_PX`."""
     from PIL import Image
 

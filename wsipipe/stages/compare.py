@@ -3,9 +3,10 @@
 import gzip
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,7 @@ from wsipipe.folder import record_of, write_record
 from wsipipe.mask_table import read_mask_table
 from wsipipe.objects import class_of, is_ignored, is_region, outline_of
 from wsipipe.outlines import trace_outlines
+from wsipipe.readers import PICTURE_MAX_PX, pillow_limit
 from wsipipe.rings import closed_rings
 from wsipipe.roi import areal
 from wsipipe.slide import SENSIBLE_MPP
@@ -42,6 +44,8 @@ class NucleiFile:
     """What a file of nuclei holds, on the level-0 px of its slide; `mpp` and `fingerprint` where it tells them.
 
     `size` (width, height) is the part of the slide that the file speaks of, from its corner `at`; None for all of it.
+    `corner` is that of the slide's bounds, from which QuPath counts; `from_corner`: so does this file, which does not
+    tell where it is.
     """
 
     nuclei: OutlinedNuclei
@@ -49,10 +53,18 @@ class NucleiFile:
     fingerprint: str | None
     at: tuple[int, int] = (0, 0)
     size: tuple[int, int] | None = None
+    corner: tuple[int, int] = (0, 0)
+    from_corner: bool = False
 
 
 def make_comparison(
-    true: Path, found: Path, out: Path, *, mpp: float | None = None, at: tuple[int, int] = (0, 0)
+    true: Path,
+    found: Path,
+    out: Path,
+    *,
+    mpp: float | None = None,
+    at: tuple[int, int] = (0, 0),
+    crop_to_bounds: bool = True,
 ) -> tuple[dict[str, Scores], str]:
     """Score the nuclei of `found` against those of `true`; write `<out>.json` and `<out>.md`.
 
@@ -67,6 +79,9 @@ def make_comparison(
         µm per level-0 px, where no file tells it: the centres of a pair are no farther apart than `RADIUS_UM`.
     at : (int, int)
         Level-0 px (x, y) of the corner of a mask. Nuclei whose centre lies beside the mask are left out.
+    crop_to_bounds : bool
+        GeoJSON of others counts from the corner of the slide's bounds, if the other file tells of bounds, as QuPath
+        does; False: from that of the slide, as with QuPath's own ``--no-crop``.
 
     Returns
     -------
@@ -90,6 +105,13 @@ def make_comparison(
     mpp = mpp or next((file.mpp for file in files if file.mpp), None)
     if mpp is None:
         raise ConfigError(f"neither {true.name} nor {found.name} states its resolution; pass --mpp, e.g. --mpp 0.25")
+    sizes = [file.size for file in files if file.size is not None]
+    if len(set(sizes)) > 1:
+        raise DataError(f"the masks {true.name} and {found.name} are of {sizes[0]} and {sizes[1]} px; make them alike")
+    corner = next((file.corner for file in files if any(file.corner)), (0, 0))
+    if crop_to_bounds and any(corner) and any(file.from_corner for file in files):
+        log.info("GeoJSON of others is taken to count from the corner of the slide's bounds, %d, %d", *corner)
+        files = [_moved(file, corner) if file.from_corner else file for file in files]
     for file in files:
         if file.size is not None:
             files = [_within(other, file.at, file.size) for other in files]
@@ -172,7 +194,9 @@ def _read_table(path: Path) -> NucleiFile:
         named = batch["type_id"].to_numpy() > 0
         types.append(np.where(named, batch["type"].to_numpy(zero_copy_only=False).astype(str), ""))
     nuclei = _outlined(path, np.concatenate(outlines), np.concatenate(types))
-    return NucleiFile(nuclei, float(np.sqrt(meta.grid.mpp_x0 * meta.grid.mpp_y0)), meta.fingerprint)
+    corner = (meta.bounds.x0, meta.bounds.y0) if meta.bounds else (0, 0)
+    mpp = float(np.sqrt(meta.grid.mpp_x0 * meta.grid.mpp_y0))
+    return NucleiFile(nuclei, mpp, meta.fingerprint, corner=corner)
 
 
 def _read_geojson(path: Path) -> NucleiFile:
@@ -189,11 +213,11 @@ def _read_geojson(path: Path) -> NucleiFile:
                 outlines.append(outline_of(feature))
                 types.append(name)
     ours = told.get("wsipipe") or {}
-    polygons = np.array(outlines, object)
-    if any(ours.get("offset_px0", ())):
-        polygons = shapely.transform(polygons, lambda xy: xy + ours["offset_px0"])
+    nuclei = _outlined(path, np.array(outlines, object), np.array(types, str))
+    x, y = ours.get("offset_px0", (0, 0))
     mpp = float(np.sqrt(ours["mpp_x0"] * ours["mpp_y0"])) if "mpp_x0" in ours else None
-    return NucleiFile(_outlined(path, polygons, np.array(types, str)), mpp, ours.get("fingerprint"))
+    read = NucleiFile(nuclei, mpp, ours.get("fingerprint"), corner=(x, y), from_corner=not ours)
+    return _moved(read, read.corner)
 
 
 def read_features(file: TextIO, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -239,18 +263,15 @@ def read_features(file: TextIO, told: dict[str, Any]) -> Iterator[dict[str, Any]
 
 def _first_feature(file: TextIO, text: str, told: dict[str, Any]) -> tuple[int, str]:
     """Where the list of features of a collection begins, and the text that holds it."""
-    while (start := text.find('"features"')) < 0:
+    while (named := re.search(r'"features"\s*:(?=\s*\S)', text)) is None:
         if not (more := file.read(PIECE)) or len(text) > MOST_TEXT:
             raise ValueError("it is no FeatureCollection and no list; in QuPath, export them as a FeatureCollection")
         text += more
-    told |= json.loads(text[:start].rstrip().rstrip(",") + "}")
-    at = start + len('"features"')
-    for sign in ":[":
-        at, text = _significant(file, text, at)
-        if text[at] != sign:
-            raise ValueError("its features are no list")
-        at += 1
-    return at, text
+    told |= json.loads(text[: named.start()].rstrip().rstrip(",") + "}")
+    at, text = _significant(file, text, named.end())
+    if text[at] != "[":
+        raise ValueError("its features are no list")
+    return at + 1, text
 
 
 def _significant(file: TextIO, text: str, at: int) -> tuple[int, str]:
@@ -270,8 +291,10 @@ def _read_mask(path: Path, at: tuple[int, int]) -> NucleiFile:
         mask = np.load(path, allow_pickle=False)
     elif path.suffix.lower() in (".tif", ".tiff"):
         mask = tifffile.imread(path)
+    elif path.suffix.lower() in (".jpg", ".jpeg"):
+        raise DataError(f"{path} is a JPEG, which does not keep the numbers of nuclei; save the mask as PNG or TIFF")
     else:
-        with Image.open(path) as image:
+        with pillow_limit(PICTURE_MAX_PX), Image.open(path) as image:
             mask = np.asarray(image)
     if mask.ndim != 2 or mask.dtype.kind not in "iu" or (mask.size and mask.min() < 0):
         raise DataError(f"{path} is an image of {mask.shape} {mask.dtype}, no mask of one whole number a pixel")
@@ -337,9 +360,16 @@ def _outlined(path: Path, outlines: npt.NDArray[np.object_], types: npt.NDArray[
     return OutlinedNuclei(outlines[some], types[some])
 
 
+def _moved(file: NucleiFile, by: tuple[int, int]) -> NucleiFile:
+    """The same nuclei, so many px to the right and down."""
+    if not any(by):
+        return file
+    outlines = shapely.transform(file.nuclei.outlines, lambda xy: xy + np.array(by))
+    return replace(file, nuclei=OutlinedNuclei(outlines, file.nuclei.types))
+
+
 def _within(file: NucleiFile, at: tuple[int, int], size: tuple[int, int]) -> NucleiFile:
     """Only the nuclei whose centre lies in a part of the slide."""
     x, y = shapely.get_coordinates(shapely.centroid(file.nuclei.outlines)).T - np.array(at)[:, None]
     kept = (x >= 0) & (x < size[0]) & (y >= 0) & (y < size[1])
-    nuclei = OutlinedNuclei(file.nuclei.outlines[kept], file.nuclei.types[kept])
-    return NucleiFile(nuclei, file.mpp, file.fingerprint, file.at, file.size)
+    return replace(file, nuclei=OutlinedNuclei(file.nuclei.outlines[kept], file.nuclei.types[kept]))
