@@ -70,6 +70,16 @@ def test_arithmetic_that_computes_something_else_fails_with_what_to_give(monkeyp
     assert "--precision fp32" in found.text
 
 
+def test_whatever_a_driver_raises_fails_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error:\n  no kernel image is available")
+
+    monkeypatch.setattr(doctor, "_arithmetic", broken)
+    checks = {check.name: check for check in doctor.examine()}
+    assert (checks["arithmetic"].verdict, checks["numba"].verdict) == ("fail", "ok")
+    assert checks["arithmetic"].text == "RuntimeError: CUDA error: no kernel image is available"
+
+
 def test_a_library_that_does_not_load_fails_and_the_other_checks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "openslide", None)
     assert check("OpenSlide").verdict == "fail"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import wsipipe
-from wsipipe.errors import ModelError, WsipipeError
+from wsipipe.errors import ModelError, one_line
 
 Verdict = Literal["ok", "warn", "fail"]
 GIB = 2**30
@@ -48,8 +48,8 @@ def examine(folder: Path = Path()) -> list[Check]:
     for name, look in looks.items():
         try:
             verdict, text = look()
-        except (ImportError, OSError, WsipipeError) as error:  # what a broken installation raises
-            verdict, text = "fail", f"{type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001 - whatever a broken installation or driver makes its libraries raise
+            verdict, text = "fail", f"{type(error).__name__}: {one_line(error)}"
         checks.append(Check(name, verdict, text))
     return checks
 
