@@ -147,6 +147,8 @@ def test_a_fresh_start_that_is_refused_loses_nothing(tiny, oracle, tmp_path):
     with pytest.raises(StoreError, match="in use by process"):
         run(tiny.path, folder.path, oracle, overwrite=True)
     lock.release()
+    with pytest.raises(ConfigError, match="no Dask scheduler answers"):
+        run(tiny.path, folder.path, oracle, overwrite=True, scheduler="tcp://127.0.0.1:9")
     with open_slide(tiny.path) as slide, pytest.raises(ConfigError, match="no Dask scheduler answers"):
         make_nuclei(slide, folder.maps, folder.nuclei, Config().nuclei, scheduler="tcp://127.0.0.1:9", overwrite=True)
     assert results(folder.path) == before

@@ -345,7 +345,16 @@ def test_a_block_that_kills_its_workers_is_given_up_and_named() -> None:
         list(workers.results(_die, [(i, (i,)) for i in range(5)]))
 
 
-@pytest.mark.parametrize(("scheduler", "workers"), [("threads", 0), ("mpi", None), ("tcp://127.0.0.1:1", None)])
+@pytest.mark.parametrize(
+    ("scheduler", "workers"),
+    [
+        ("threads", 0),
+        ("mpi", None),
+        ("tcp://127.0.0.1:1", None),
+        ("tcp://localhost", None),
+        ("http://localhost:1", None),
+    ],
+)
 def test_workers_that_cannot_be_had_are_refused(
     scheduler: str, workers: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,9 @@ def segment(
         unread = slide.unread
         log.info("%s: %.2f mm² of tissue", slide.name, tissue.area_mm2)
         clock.lap("tissue")
+        if "://" in scheduler:  # before anything slow, and before anything is deleted: it may not be there
+            with hired(scheduler, None):
+                pass
         if overwrite:  # what is stopped later goes on without it
             MapStore.remove(folder.maps)
             remove_nuclei(folder.nuclei)

@@ -5,6 +5,7 @@ Processes and clusters are those of `distributed`, which gives what a lost worke
 
 import concurrent.futures
 import logging
+import re
 import time
 from asyncio import CancelledError as TaskCancelledError
 from collections.abc import Callable, Iterable, Iterator
@@ -101,7 +102,7 @@ def require_scheduler(scheduler: str, workers: int | None) -> None:
     """Raise ConfigError for arguments of `hired` that can mean nothing; asks no scheduler."""
     if workers is not None and workers < 1:
         raise ConfigError(f"{workers} workers do nothing; give at least 1")
-    if scheduler not in ("threads", "processes") and "://" not in scheduler:
+    if scheduler not in ("threads", "processes") and not re.fullmatch(r"(tcp|tls|ucx)://[^/\s]+:\d{1,5}", scheduler):
         raise ConfigError(f"--scheduler {scheduler} is none of threads, processes, tcp://HOST:PORT")
 
 
@@ -142,7 +143,7 @@ def hired(scheduler: str, workers: int | None) -> Iterator[Workers]:
             address = scheduler
         try:
             client = Client(address, timeout=ANSWER_S, set_as_default=False)
-        except OSError as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"no Dask scheduler answers at {scheduler} ({one_line(error)}); check the address"
             ) from error
