@@ -33,6 +33,7 @@ from wsipipe.demo import draw_tissue
 from wsipipe.instances import label_nuclei
 from wsipipe.maps import Maps, to_input, to_maps
 from wsipipe.metrics import panoptic_quality
+from wsipipe.model.cellvta import to_cells, to_pixels
 from wsipipe.model.inference import prepare_for_inference
 from wsipipe.model.registry import SPECS, build
 from wsipipe.model.spec import ModelSpec
@@ -41,6 +42,7 @@ from wsipipe.model.weights import DEFAULT_MODEL, load_model
 TISSUE = Path(__file__).parents[2] / "shared" / "data" / "tnbc_naylor" / "images"  # else the tissue of the demo
 IMAGES = 4
 GIB = 2**30
+GRAPHS = [name for name, spec in SPECS.items() if spec.architecture in ("cellvta", "cellvit")]
 Forward = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -51,11 +53,14 @@ class Plain(nn.Module):
         super().__init__()
         self.encoder: Any = network.encoder
         self.decoder: Any = network.decoder
+        self.cell_px = getattr(network, "cell_px", 1)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        features, _ = self.encoder(image)
+        cells = to_cells(image, self.cell_px)
+        features, _ = self.encoder(cells)
         branches = self.decoder.branches.items()
-        return {name: branch(self.decoder.skips(image, features), features[3]) for name, branch in branches}
+        maps = {name: branch(self.decoder.skips(cells, features), features[3]) for name, branch in branches}
+        return to_pixels(maps, self.cell_px)
 
 
 def make_network(spec: ModelSpec) -> nn.Module:
@@ -178,7 +183,7 @@ def nuclei_agreement() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["cellvta-uni"], choices=SPECS)
+    parser.add_argument("--models", nargs="+", default=["cellvta-uni"], choices=GRAPHS)
     parser.add_argument("--px", nargs="+", type=int, default=[256])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)

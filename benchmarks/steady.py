@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     arguments = parser.parse_args()
+    if arguments.slides <= SETTLED:
+        parser.error(f"growth is measured from slide {SETTLED} on; give more --slides")
     model, rss_mb = load_model(arguments.model), []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.slides):
