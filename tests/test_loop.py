@@ -597,8 +597,8 @@ def test_a_run_that_is_stopped_with_its_workers_says_how_to_go_on(number, code, 
     os.killpg(process.pid, number)
     said = process.communicate(timeout=240)[1]
     assert process.returncode == code, said
-    assert "run the same command again to go on" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    assert "; run the same command again to go on where it stopped\n" in said, said
+    assert "Traceback" not in said, said
 
 
 def run_by_two(settings: TrainConfig, folder: Path) -> subprocess.CompletedProcess[str]:
