@@ -19,6 +19,7 @@ from wsipipe.errors import ConfigError, StoreError, WsipipeError, one_line
 
 log = logging.getLogger(__name__)
 
+ADDRESS = r"(tcp|tls|ucx)://[^/\s]+:\d{1,5}|inproc://\S+"  # of a scheduler; the last of one in this process
 AHEAD = 2  # blocks handed out for each at work: none waits for the next, and what is not yet stored stays little
 ANSWER_S = 20.0  # a scheduler that is there answers within a second
 PATIENCE_S = 300.0  # without a single worker; batch systems take their time to start one
@@ -102,7 +103,7 @@ def require_scheduler(scheduler: str, workers: int | None) -> None:
     """Raise ConfigError for arguments of `hired` that can mean nothing; asks no scheduler."""
     if workers is not None and workers < 1:
         raise ConfigError(f"{workers} workers do nothing; give at least 1")
-    if scheduler not in ("threads", "processes") and not re.fullmatch(r"(tcp|tls|ucx)://[^/\s]+:\d{1,5}", scheduler):
+    if scheduler not in ("threads", "processes") and not re.fullmatch(ADDRESS, scheduler):
         raise ConfigError(f"--scheduler {scheduler} is none of threads, processes, tcp://HOST:PORT")
 
 
